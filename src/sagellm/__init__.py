@@ -1,0 +1,1 @@
+"""isagellm: the umbrella. What a person touches: the client and the command line."""

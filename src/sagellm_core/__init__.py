@@ -1,0 +1,1 @@
+"""One engine: scheduler, KV cache, models, text."""

@@ -1,0 +1,118 @@
+"""The seams between floors: who needs something says so here, `sagellm.compose` plugs it in."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol, runtime_checkable
+
+from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
+from sagellm_protocol.generation import ChoiceDelta, GenerationRequest
+
+__all__ = ["ChatModel", "EngineClient", "PreparedRequest", "TextDecoder"]
+
+
+@runtime_checkable
+class EngineClient(Protocol):
+    """One engine, wherever it runs: in process, in its own process over the wire, or a foreign server."""
+
+    @property
+    def engine_id(self) -> str:
+        """The engine's name, unique in a control plane."""
+        ...
+
+    async def describe(self) -> EngineDescription:
+        """Return what the engine serves.
+
+        Raises:
+            UnavailableError: it cannot be reached.
+        """
+        ...
+
+    async def status(self) -> EngineStatus:
+        """Return what the engine is doing now.
+
+        Raises:
+            UnavailableError: it cannot be reached.
+        """
+        ...
+
+    def stream(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+        """Run one sequence. Closing the generator aborts it and frees its blocks within a step.
+
+        A failure of this sequence alone arrives as the last delta's `error`.
+
+        Raises:
+            EngineDiedError: the engine ended or the connection broke; deltas may have been emitted before.
+        """
+        ...
+
+    async def abort(self, request_id: str) -> bool:
+        """Abort a sequence by id; False if the engine does not hold it."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of the connection (and of the engine, where it lives in this process). Idempotent."""
+        ...
+
+
+class PreparedRequest(Protocol):
+    """A request after templating and tokenisation."""
+
+    @property
+    def source(self) -> GenerationRequest:
+        """The request it came from."""
+        ...
+
+    @property
+    def engine_requests(self) -> Sequence[EngineRequest]:
+        """One for each choice, ids ``<id>`` (n = 1) or ``<id>/k``; seeds and max_tokens resolved."""
+        ...
+
+
+class TextDecoder(Protocol):
+    """Token ids of one choice -> text, reasoning and tool calls. Incremental; linear time."""
+
+    def push(self, delta: TokenDelta) -> ChoiceDelta | None:
+        """Return what the choice gained, or None when nothing can be shown yet.
+
+        When a stop string matched, the returned delta carries ``finish_reason="stop"`` although the engine goes on:
+        the caller aborts the sequence. Text that may be the beginning of a stop string or of an unfinished character is
+        held back until it is decided; it is flushed by the delta that finishes the sequence.
+        """
+        ...
+
+
+class ChatModel(Protocol):
+    """The text side of a model: template, tokenizer, output parsers. Holds no weights; cheap enough for the gateway process."""
+
+    @property
+    def model_id(self) -> str:
+        """The name it is served under."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """Tokens, prompt and output together."""
+        ...
+
+    def prepare(self, request: GenerationRequest) -> PreparedRequest:
+        """Template, tokenise and check `request`.
+
+        Raises:
+            InvalidArgumentError: empty messages, a parameter out of range, a token id out of the vocabulary.
+            ContextLengthError: prompt (+ max_tokens where given) does not fit; the message has both numbers.
+            UnsupportedError: something that this model cannot do, by name.
+        """
+        ...
+
+    def decoder(self, prepared: PreparedRequest, index: int) -> TextDecoder:
+        """Return a fresh decoder for choice `index`."""
+        ...
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
+        """Text -> ids. Special tokens written in `text` stay text unless `parse_special`."""
+        ...
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Ids -> text."""
+        ...
