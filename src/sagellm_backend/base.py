@@ -61,7 +61,7 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """How to draw the token that follows one row.
+    """How to draw the token that follows one row; the exact algorithm is docs/design/0030-sampling-stream.md.
 
     Attributes:
         params: the request's parameters (strings in them are the engine's business, not the device's).
@@ -124,9 +124,11 @@ class StepResult:
     """What a step gives for each of the n `logit_rows`.
 
     Attributes:
-        token_ids: int32[n], drawn (or the target).
+        token_ids: int32[n], drawn (or the target); -1 where every token is masked or no logit is finite: that sequence
+            has failed, the others have not.
         logprobs: float32[n], natural log, of the raw distribution; NaN where not asked for.
-        top_ids, top_logprobs: [n, k], most likely first, ties by lower id; k is the most that any row asked for.
+        top_ids, top_logprobs: [n, k], most likely first, ties by lower id; k is the most that any row asked for, and a
+            row that asked for fewer is padded with -1 and NaN.
         logits: float32[n, vocab] if asked for.
         hidden: float32[n, d_model] if asked for.
     """
