@@ -8,7 +8,7 @@ from sagellm_protocol.errors import Error
 from sagellm_protocol.generation import FinishReason, GenerationRequest, Priority, TokenLogprob
 from sagellm_protocol.sampling import SamplingParams
 
-__all__ = ["EngineDescription", "EngineRequest", "EngineStatus", "TokenDelta"]
+__all__ = ["EngineDescription", "EngineRequest", "EngineStatus", "Histogram", "TokenDelta"]
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -25,6 +25,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         eos_token_ids: ids that end the sequence, from the model.
         priority: a `Priority` band.
         deadline_s: seconds from submission.
+        bad_token_ids: `sampling.bad_words` as token sequences, each in all the ways it can be written; resolved by whoever
+            prepares the request.
         cache_salt: separates prefix caches of tenants.
         adapter: name of a LoRA adapter.
         source: the neutral request, for engines that take text instead of token ids (foreign ones).
@@ -38,6 +40,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     eos_token_ids: tuple[int, ...] = ()
     priority: int = Priority.NORMAL
     deadline_s: float | None = None
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
     cache_salt: str = ""
     adapter: str | None = None
     source: GenerationRequest | None = None
@@ -80,12 +83,27 @@ class EngineDescription(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     kind: str = "llm"
     pid: int = 0
     model_path: str = ""
+    block_bytes: int = 0
+    weight_bytes: int = 0
+
+
+class Histogram(msgspec.Struct, frozen=True, kw_only=True):
+    """Observations since the engine started.
+
+    `counts[i]` of them were at most `bounds[i]` and above the bound before; the last count is of those above all bounds.
+    """
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    sum: float = 0.0
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is doing; counters only grow while it lives.
 
-    `steps` is the progress counter: an engine with work whose `steps` stands still is hung.
+    `steps` is the progress counter: an engine with work whose `steps` stands still is hung. `prefix_queries` and
+    `prefix_hits` count prompt tokens. Spilled blocks lie on disk, `spill_hits` of them were brought back. `histograms` has
+    ttft_s, tpot_s, itl_s, queue_s, step_s and batch_rows.
     """
 
     engine_id: str
@@ -109,3 +127,10 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     rss_bytes: int = 0
     step_seconds: float = 0.0
     draining: bool = False
+    evict_seconds: float = 0.0
+    copied_blocks: int = 0
+    blocks_spilled: int = 0
+    spill_bytes: int = 0
+    spill_hits: int = 0
+    spill_errors: int = 0
+    histograms: dict[str, Histogram] = {}
