@@ -22,6 +22,11 @@ __all__ = [
 MOCK_MODEL = "mock"
 
 
+def _at_least(name: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise InvalidArgumentError(f"{name} is {value}: it must be at least {low}", param=name)
+
+
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sizes of what an engine takes on.
 
@@ -201,8 +206,3 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def name(self) -> str:
         """The engine's id."""
         return self.engine_id or self.served_id
-
-
-def _at_least(name: str, value: float, low: float) -> None:
-    if not value >= low:
-        raise InvalidArgumentError(f"{name} is {value}: it must be at least {low}", param=name)
