@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import msgspec
 
+from sagellm_protocol.checks import in_range
 from sagellm_protocol.errors import InvalidArgumentError
 
-__all__ = ["GrammarSpec", "SamplingParams", "SamplingPreset"]
+__all__ = ["GrammarSpec", "Sampling", "SamplingParams", "SamplingPreset"]
 
 SamplingPreset = Literal["deterministic", "balanced", "creative", "precise"]
 
@@ -82,19 +82,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     grammar: GrammarSpec | None = None
 
     def __post_init__(self) -> None:
-        _in_range("temperature", self.temperature, 0.0, 2.0)
-        _in_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        _in_range("top_k", self.top_k, 0, 2**31 - 1)
-        _in_range("min_p", self.min_p, 0.0, 1.0)
-        _in_range("typical_p", self.typical_p, 0.0, 1.0, low_open=True)
-        _in_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
-        _in_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        in_range("temperature", self.temperature, 0.0, 2.0)
+        in_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        in_range("top_k", self.top_k, 0, 2**31 - 1)
+        in_range("min_p", self.min_p, 0.0, 1.0)
+        in_range("typical_p", self.typical_p, 0.0, 1.0, low_open=True)
+        in_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        in_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:
-            _in_range("seed", self.seed, -(2**63), 2**63 - 1)
+            in_range("seed", self.seed, -(2**63), 2**63 - 1)
         if self.max_tokens is not None:
-            _in_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _in_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
+            in_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        in_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidArgumentError(
                 f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}: lower it", param="min_tokens"
@@ -102,10 +102,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if any(not s for s in self.stop):
             raise InvalidArgumentError("stop has an empty string: remove it", param="stop")
         for token, bias in (self.logit_bias or {}).items():
-            _in_range(f"logit_bias[{token}]", bias, -100.0, 100.0)
+            in_range(f"logit_bias[{token}]", bias, -100.0, 100.0)
         for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if value is not None:
-                _in_range(name, value, 0, MAX_LOGPROBS)
+                in_range(name, value, 0, MAX_LOGPROBS)
 
     @property
     def greedy(self) -> bool:
@@ -134,10 +134,4 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "creative": {"temperature": 1.0, "min_p": 0.05},
 }
 
-
-def _in_range(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
-    above = value > low if low_open else value >= low
-    if not (math.isfinite(value) and above and value <= high):
-        raise InvalidArgumentError(
-            f"{name} is {value}: it must lie in {'(' if low_open else '['}{low}, {high}]", param=name.partition("[")[0]
-        )
+Sampling = SamplingParams
