@@ -1,0 +1,118 @@
+"""``sage-llm``: find the command, load only its module, turn errors into one line with the cure.
+
+A command module offers either ``app`` (a `typer.Typer`) or ``main(argv) -> int``. The table below is all that ``--help`` needs,
+which is why it answers without importing anything else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+__all__ = ["COMMANDS", "Command", "main"]
+
+PROGRAM = "sage-llm"
+
+
+class Command(NamedTuple):
+    """Where a command lives and what it does, in one line."""
+
+    module: str
+    help: str
+    group: str
+    entry: str = "app"
+
+
+_TALK, _MODELS, _OPERATE = "Talk", "Models", "Operate"
+
+COMMANDS: dict[str, Command] = {
+    "run": Command("sagellm.cli.run", "Chat with a model in the terminal, or answer one prompt", _TALK),
+    "serve": Command("sagellm.cli.serve", "Serve models over HTTP: OpenAI-compatible, on 127.0.0.1:8889", _TALK),
+    "pull": Command("sagellm.cli.pull", "Bring a model onto this machine", _MODELS),
+    "list": Command("sagellm.cli.list", "Show the models on this machine", _MODELS),
+    "rm": Command("sagellm.cli.rm", "Delete a model from this machine", _MODELS),
+    "info": Command("sagellm.cli.info", "Show this installation and machine", _OPERATE),
+    "migrate": Command("sagellm.migrate.cli", "Rewrite a code base from the old names to the new", _OPERATE, "migrate"),
+    "arch": Command("sagellm.migrate.cli", "Check a code base against the architecture's rules", _OPERATE, "arch"),
+    "version": Command("sagellm.cli.version", "Print the version", _OPERATE),
+}
+
+_ALIASES = {"ls": "list", "check": "doctor"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = _take_flag(args, "--debug") or bool(os.environ.get("SAGELLM_DEBUG"))
+    if not args or args[0] in {"-h", "--help", "help"}:
+        sys.stdout.write(_help())
+        return 0
+    if args[0] in {"-V", "--version"}:
+        args[0] = "version"
+    name = _ALIASES.get(args[0], args[0])
+    command = COMMANDS.get(name)
+    if command is None:
+        sys.stderr.write(f"error: no command {args[0]!r}{_suggestion(args[0])}: {PROGRAM} --help lists them\n")
+        return 2
+    return _run(name, command, args[1:], debug=debug)
+
+
+def _run(name: str, command: Command, args: list[str], *, debug: bool) -> int:
+    from sagellm.cli import failures
+
+    try:
+        entry = getattr(importlib.import_module(command.module), command.entry)
+        if command.entry == "app":
+            entry(args, prog_name=f"{PROGRAM} {name}")
+            return 0
+        return int(entry(args))
+    except SystemExit as leaving:
+        return failures.exit_status(leaving.code)
+    except KeyboardInterrupt:
+        return failures.INTERRUPTED
+    except BrokenPipeError:
+        return failures.reader_went_away()
+    except failures.EXPECTED as error:
+        if debug:
+            raise
+        return failures.report(error)
+
+
+def _take_flag(args: list[str], flag: str) -> bool:
+    end = args.index("--") if "--" in args else len(args)
+    if flag in args[:end]:
+        args.remove(flag)
+        return True
+    return False
+
+
+def _suggestion(word: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(word, [*COMMANDS, *_ALIASES], n=1)
+    return f", did you mean {close[0]!r}" if close else ""
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"Usage: {PROGRAM} COMMAND [ARGUMENTS]", "", "LLM inference on your own machine.", ""]
+    for group in dict.fromkeys(command.group for command in COMMANDS.values()):
+        lines.append(f"{group}:")
+        lines += [f"  {name:<{width}}  {c.help}" for name, c in COMMANDS.items() if c.group == group]
+        lines.append("")
+    lines += [
+        f"{PROGRAM} COMMAND --help describes one command. --debug (or SAGELLM_DEBUG=1) shows tracebacks.",
+        "",
+        "Start here:",
+        f'  {PROGRAM} run smollm2:135m "What is the capital of France?"',
+        f"  {PROGRAM} serve smollm2:135m",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

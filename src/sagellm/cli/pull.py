@@ -1,0 +1,43 @@
+"""``sage-llm pull``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sagellm.cli.common import ProgressBar, human_bytes, print_table, single
+from sagellm.store.catalog import CATALOG
+
+
+def pull(
+    model: Annotated[
+        str, typer.Argument(help="A name of the catalogue (see --catalog) or a path to a GGUF file or model directory.")
+    ] = "",
+    name: Annotated[str | None, typer.Option(help="What to call it here; the default follows from MODEL.")] = None,
+    catalog: Annotated[
+        bool, typer.Option("--catalog", help="List the models that are known by name, and stop.")
+    ] = False,
+) -> None:
+    """Bring a model onto this machine; an interrupted pull goes on where it stopped."""
+    if catalog:
+        print_table(
+            ("NAME", "SIZE", "LICENCE", ""),
+            [(e.name, f"{e.size_mb} MB", e.license, e.summary) for e in CATALOG.values()],
+        )
+        return
+    if not model:
+        raise typer.BadParameter("name a model: " + ", ".join(CATALOG), param_hint="MODEL")
+    from sagellm.store.pull import pull as fetch
+
+    bar = ProgressBar()
+    try:
+        stored = fetch(model, name=name, progress=bar)
+    finally:
+        bar.finish()
+    print(f"{stored.name} is ready: {human_bytes(stored.size_bytes)} in {stored.path}")
+    for notice in CATALOG[stored.name].notices if stored.name in CATALOG else ():
+        print(notice)
+
+
+app = single(pull)
