@@ -1,7 +1,7 @@
 """The words that all floors share: types, errors, ports and the wire codec. No torch, no numpy, no HTTP."""
 
 from sagellm_protocol.codec import PROTOCOL_VERSION, decode, encode, from_json, from_msgpack, to_json, to_msgpack
-from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
+from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, Histogram, TokenDelta
 from sagellm_protocol.errors import (
     CancelledRequestError,
     ContextLengthError,
@@ -52,6 +52,7 @@ from sagellm_protocol.kv import (
 )
 from sagellm_protocol.metrics import Metrics, Timestamps
 from sagellm_protocol.ports import ChatModel, EngineClient, PreparedRequest, TextDecoder
+from sagellm_protocol.prefix import BlockEvent, block_hash, block_hashes, root_hash
 from sagellm_protocol.sampling import GrammarSpec, Sampling, SamplingParams, SamplingPreset
 from sagellm_protocol.schema import json_schema
 from sagellm_protocol.types import (
@@ -68,6 +69,7 @@ from sagellm_protocol.types import (
 
 __all__ = [
     "PROTOCOL_VERSION",
+    "BlockEvent",
     "CancelledRequestError",
     "ChatMessage",
     "ChatModel",
@@ -91,6 +93,7 @@ __all__ = [
     "GenerationRequest",
     "GenerationStart",
     "GrammarSpec",
+    "Histogram",
     "InternalError",
     "InvalidArgumentError",
     "KVAllocateParams",
@@ -133,11 +136,14 @@ __all__ = [
     "UnavailableError",
     "UnsupportedError",
     "Usage",
+    "block_hash",
+    "block_hashes",
     "decode",
     "encode",
     "from_json",
     "from_msgpack",
     "json_schema",
+    "root_hash",
     "to_json",
     "to_msgpack",
 ]
