@@ -1,0 +1,72 @@
+"""Whether a failed attempt is tried again: retry budget, hedge budget, and the guard against requests that kill engines."""
+
+from __future__ import annotations
+
+from sagellm_control_plane.config import HedgeConfig, RetryConfig
+from sagellm_control_plane.view import EngineView
+
+__all__ = ["Budget", "blame", "hedge_budget", "note_death", "retry_budget"]
+
+#: Failures of one death reach us one by one; those within this time of the first belong to it.
+SAME_DEATH_S = 1.0
+
+
+class Budget:
+    """A bucket of tries that fills by a share of the arrivals, and slowly by itself."""
+
+    __slots__ = ("_at", "_ceiling", "_ratio", "_refill", "_tokens", "spent")
+
+    def __init__(self, ratio: float, minimum: float, refill_per_s: float) -> None:
+        self._ratio = ratio
+        self._ceiling = max(minimum, 1.0)
+        self._refill = refill_per_s
+        self._tokens = minimum
+        self._at = 0.0
+        self.spent = 0
+
+    def on_arrival(self) -> None:
+        """A request arrived."""
+        tokens = self._tokens + self._ratio
+        self._tokens = tokens if tokens < self._ceiling * 10.0 else self._ceiling * 10.0
+
+    def take(self, now: float) -> bool:
+        """Spend one try; False when the bucket is empty."""
+        if self._tokens < self._ceiling:
+            self._tokens = min(self._ceiling, self._tokens + (now - self._at) * self._refill)
+        self._at = now
+        if self._tokens < 1.0:
+            return False
+        self._tokens -= 1.0
+        self.spent += 1
+        return True
+
+
+def retry_budget(config: RetryConfig) -> Budget:
+    """Return the budget of retries before the first token."""
+    return Budget(config.budget_ratio, config.budget_min, config.budget_min / 10.0)
+
+
+def hedge_budget(config: HedgeConfig) -> Budget:
+    """Return the budget of second attempts: a share of the arrivals and nothing else."""
+    return Budget(config.budget_ratio, 0.0, 0.0)
+
+
+def blame(engine: EngineView, now: float, *, progressed: bool) -> float:
+    """Return how much an engine's death speaks against one of the requests that it held.
+
+    Call it while the request's lease is open. A request that produced tokens there is a suspect only if it was alone; one
+    that did not is blamed fully when it was the only such one, and half when there were others.
+    """
+    note_death(engine, now)
+    if engine.death_alone:
+        return 0.0 if progressed and engine.running - engine.decoding > 0 else 1.0
+    return 0.0 if progressed else 0.5
+
+
+def note_death(engine: EngineView, now: float) -> None:
+    """Record who could be blamed at the moment of an engine's death, before its leases come back one by one."""
+    if now - engine.death_at <= SAME_DEATH_S:
+        return
+    engine.death_at = now
+    unproven = engine.running - engine.decoding
+    engine.death_alone = unproven == 1 or (unproven == 0 and engine.running == 1)
