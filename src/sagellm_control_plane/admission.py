@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sagellm_control_plane.config import AdmissionConfig
 from sagellm_control_plane.events import exhausted
-from sagellm_control_plane.view import ClusterView, Decision, RequestView
+from sagellm_control_plane.view import Decision, RequestView
 from sagellm_protocol.errors import Error
 
 __all__ = ["misses", "refusal"]
@@ -13,15 +13,13 @@ __all__ = ["misses", "refusal"]
 URGENT = 1
 
 
-def predicted_ttft(view: ClusterView, decision: Decision, request: RequestView, now: float) -> float:
+def predicted_ttft(decision: Decision, request: RequestView, now: float) -> float:
     """Seconds from now to the first token on the chosen engine."""
     tokens = request.prompt_tokens + request.emitted - decision.hit_tokens
     return decision.engine.predicted_ttft(tokens, now)
 
 
-def misses(
-    view: ClusterView, config: AdmissionConfig, request: RequestView, decision: Decision, now: float
-) -> float | None:
+def misses(config: AdmissionConfig, request: RequestView, decision: Decision, now: float) -> float | None:
     """Return the seconds by which the request is predicted to miss its objective; None when it is predicted to meet it.
 
     Streams that have begun are never refused, and without `config.slo` only the request's own deadline counts.
@@ -35,7 +33,7 @@ def misses(
         budget = min(budget, slo.ttft_s * share - (now - request.arrived_at))
     if budget == float("inf"):
         return None
-    late = predicted_ttft(view, decision, request, now) - budget
+    late = predicted_ttft(decision, request, now) - budget
     if late > 0.0:
         return late
     if slo is not None:

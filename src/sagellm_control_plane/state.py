@@ -228,16 +228,19 @@ class ControlState:
                 return self._no_engine(record, now)
             decision = self._decide(request, now)
             if decision is not None:
-                late = admission.misses(self.view, self.config.admission, request, decision, now)
+                late = admission.misses(self.config.admission, request, decision, now)
                 if late is not None:
                     return self._refuse(request, admission.refusal(request, late))
                 self._records[request.request_id] = record
                 return [self._dispatch(record, decision, now)]
             return self._hold(record, now)
-        bound = self.config.admission.max_waiting
-        if len(queue) < bound:
+        return self._hold_if_room(record, queue, now)
+
+    def _hold_if_room(self, record: _Record, queue: WaitingQueue, now: float) -> list[Command]:
+        """Queue the newcomer; when the queue is full, refuse it, or somebody less urgent in its favour."""
+        request = record.request
+        if len(queue) < self.config.admission.max_waiting:
             return self._hold(record, now)
-        # Full: the newcomer is refused, unless somebody less urgent waits.
         error = admission.overflow(len(queue))
         worst = queue.worst()
         if worst is None or worst.priority <= request.priority:
@@ -481,7 +484,7 @@ class ControlState:
                 break
             queue.remove(request.request_id)
             record = self._records[request.request_id]
-            late = admission.misses(self.view, self.config.admission, request, decision, now)
+            late = admission.misses(self.config.admission, request, decision, now)
             if late is not None:
                 del self._records[request.request_id]
                 commands += self._refuse(request, admission.refusal(request, late))
