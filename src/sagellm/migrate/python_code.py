@@ -1,27 +1,34 @@
-"""Rewrite Python source from the old names to the new, with libcst: what is not an old name stays byte for byte.
+"""Rewrite Python source from the old names to the new: what is not an old name stays byte for byte.
 
-Rewritten: ``import a.b``, ``import a.b as c``, ``from a import b as c``, dotted uses of a plainly imported module, strings
-that are nothing but an old path (``mock.patch``, ``import_module``, ``"pkg.server:app"``), keyword arguments that moved.
-A module that binds an old root otherwise (``sage = ...``) keeps its dotted uses, and the report says so.
+The standard library's parser finds the places, each edit replaces just its own span, and libcst rewrites an import statement so
+that its layout and comments stay. Rewritten: ``import a.b``, ``import a.b as c``, ``from a import b as c``, dotted uses of a
+plainly imported module, strings that are nothing but an old path (``mock.patch``, ``import_module``, ``"pkg.server:app"``),
+keyword arguments that moved. A module that binds an old root otherwise (``sage = ...``) keeps its dotted uses, and the report
+says so.
 """
 
 from __future__ import annotations
 
+import ast
+import codecs
+import io
 import re
-from collections.abc import Sequence
+import tokenize
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import libcst as cst
-from libcst.metadata import MetadataWrapper, PositionProvider
 
 from sagellm.migrate.table import KEYWORDS, MODULES, OLD_ROOTS, Removed, Target, resolve_name, resolve_path
 
 __all__ = ["CodeResult", "mentions_old_names", "rewrite_python"]
 
 _HINT = re.compile(
-    rb"sage\s*\.\s*llm|from\s+sage\s+import|import\s+sage\b|sagellm_control\b(?!_)|\bisagellm?-|\bisage-llm-"
+    rb"sage\s*\.\s*llm|from\s+sage\s+import|import\s+sage\b|sagellm_control\b|\bisage-llm-|\bisagellm-", re.IGNORECASE
 )
-_PATH = re.compile(r"(?:sage\.llm|sagellm_control)(?:\.\w+)*(?::\w+(?:\.\w+)*)?")
+_PATH = re.compile(r"(?:sage\.llm|sagellm_control)\b(?:\.\w+)*(?::\w+(?:\.\w+)*)?")
+_LITERAL = re.compile(r"""(?P<open>[rRuU]?(?:\"\"\"|'''|"|'))(?P<text>[^"'\\\n]*)(?P<close>\"\"\"|'''|"|')""")
+_LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n|$)")
 
 
 @dataclass(slots=True)
@@ -50,30 +57,315 @@ def rewrite_python(source: bytes) -> CodeResult:
     """Rewrite one Python file.
 
     Raises:
-        libcst.ParserSyntaxError: it is not Python 3.
+        SyntaxError: it is not Python 3, or declares an encoding that does not exist.
         UnicodeDecodeError: it is not in the encoding that it declares.
     """
-    module = cst.parse_module(source)
-    wrapper = MetadataWrapper(module, unsafe_skip_copy=True)
-    survey = _Survey()
-    wrapper.visit(survey)
-    rewriter = _Rewriter(survey)
-    changed = wrapper.visit(rewriter)
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
+    text = source.decode(encoding).encode("utf-8")
+    rewriter = _Rewriter(text, ast.parse(text))
+    rewriter.run()
     result = CodeResult(source, rewriter.changes, rewriter.left, rewriter.notes)
-    if rewriter.changes:
-        result.source = changed.bytes
+    if rewriter.edits:
+        new = rewriter.edited().decode("utf-8").encode(encoding)
+        result.source = new if encoding != "utf-8-sig" or new.startswith(codecs.BOM_UTF8) else codecs.BOM_UTF8 + new
     return result
 
 
-def _dotted(node: cst.BaseExpression) -> str | None:
+class _Rewriter:
+    """One file: its places by line, the edits that were decided, the report."""
+
+    def __init__(self, text: bytes, tree: ast.Module) -> None:
+        self.text = text
+        self.tree = tree
+        self.starts = [0, *(match.end() for match in _LINE.finditer(text))]
+        self.edits: list[tuple[int, int, str]] = []
+        self.changes = 0
+        self.left: list[tuple[int, str]] = []
+        self.notes: list[tuple[int, str]] = []
+        self.plain_roots: set[str] = set()
+        self.rebound: set[str] = set()
+        self.callables: dict[str, str] = {}
+        self.needed: set[str] = set()
+
+    def run(self) -> None:
+        """Decide every edit."""
+        nodes = list(_walk(self.tree))
+        for node in nodes:
+            self._survey(node)
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.Attribute):
+                self._chain(node)
+            elif isinstance(node, ast.Call):
+                self._keywords(node)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                self._string(node, node.value, prose=id(node) in docstrings)
+        extend = True
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                extend = not self._import(node, extend=extend) and extend
+            elif isinstance(node, ast.ImportFrom):
+                self._import_from(node)
+
+    def edited(self) -> bytes:
+        """The text with every edit applied."""
+        out, at = [], 0
+        for start, end, new in sorted(self.edits):
+            out += [self.text[at:start], new.encode("utf-8")]
+            at = end
+        return b"".join([*out, self.text[at:]])
+
+    # -- first pass ------------------------------------------------------------------------------------------------------
+
+    def _survey(self, node: ast.AST) -> None:
+        """Which old roots plain imports bind, what rebinds them, which local names stand for old callables."""
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.asname is None and _is_old(alias.name):
+                    self.plain_roots.add(alias.name.split(".")[0])
+                elif alias.asname is not None:
+                    self.rebound.add(alias.asname)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                self.rebound.add(alias.asname or alias.name)
+                if not node.level and _is_old(node.module or "") and alias.name in KEYWORDS:
+                    self.callables[alias.asname or alias.name] = alias.name
+        else:
+            name = _bound_name(node)
+            if name is not None:
+                self.rebound.add(name)
+
+    def _means_old_package(self, path: str) -> bool:
+        root = path.split(".", maxsplit=1)[0]
+        return root in self.plain_roots and root not in self.rebound
+
+    # -- uses ------------------------------------------------------------------------------------------------------------
+
+    def _chain(self, node: ast.Attribute) -> None:
+        path = _dotted(node)
+        resolved = resolve_path(path) if path else None
+        if path is None or resolved is None or not self._means_old_package(path):
+            return
+        target, rest = resolved
+        if isinstance(target, Removed):
+            self.left.append((node.lineno, f"{path}: {target.hint}"))
+            return
+        start, end = self._span(node)
+        if re.sub(rb"\s", b"", self.text[start:end]) != path.encode():
+            self.left.append((node.lineno, f"{path}: write {target.path}{rest} by hand here"))
+            return
+        self.needed.add(target.module)
+        self._edit(start, end, target.path + rest)
+
+    def _keywords(self, node: ast.Call) -> None:
+        moved = KEYWORDS.get(self._callable(node.func) or "", {})
+        for keyword in node.keywords:
+            if keyword.arg in moved:
+                start = self._offset(keyword.lineno, keyword.col_offset)
+                self._edit(start, start + len(keyword.arg.encode()), moved[keyword.arg])
+
+    def _callable(self, func: ast.expr) -> str | None:
+        path = _dotted(func)
+        if path is None:
+            return None
+        root, dot, rest = path.partition(".")
+        if root in self.callables:
+            return self.callables[root] + dot + rest
+        if not _is_old(path) or not self._means_old_package(path):
+            return None
+        return next((name for name in KEYWORDS if path.endswith("." + name)), None)
+
+    def _string(self, node: ast.Constant, value: str, *, prose: bool) -> None:
+        found = _PATH.search(value)
+        if found is None:
+            return
+        start, end = self._span(node)
+        literal = _LITERAL.fullmatch(self.text[start:end].decode("utf-8", "replace"))
+        if prose or found.group() != value or literal is None or literal["text"] != value:
+            self.notes.append((node.lineno, f"text mentions {found.group()}"))
+            return
+        new = self._new_path(node.lineno, value)
+        if new is not None:
+            self._edit(start, end, literal["open"] + new + literal["close"])
+
+    def _new_path(self, line: int, value: str) -> str | None:
+        path, colon, attribute = value.partition(":")
+        resolved = resolve_path(f"{path}.{attribute}" if colon else path)
+        if resolved is None:
+            return None
+        target, rest = resolved
+        if isinstance(target, Removed):
+            self.left.append((line, f'"{value}": {target.hint}'))
+            return None
+        return f"{target.module}:{target.name or ''}{rest}" if colon else target.path + rest
+
+    # -- imports ---------------------------------------------------------------------------------------------------------
+
+    def _import(self, node: ast.Import, *, extend: bool) -> bool:
+        """Rewrite ``import ...``; with `extend`, also import what rewritten uses need. Returns whether it did so."""
+        if not any(_is_old(alias.name) for alias in node.names):
+            return False
+        start, end = self._span(node)
+        statement = _parse(self.text[start:end])
+        assert isinstance(statement, cst.Import)
+        names: list[cst.ImportAlias] = []
+        changes = 0
+        for alias, parsed in zip(node.names, statement.names, strict=True):
+            path = self._new_module(node, alias)
+            changes += path is not None
+            names.append(parsed if path is None else parsed.with_changes(name=_expression(path)))
+        if not changes:
+            return False
+        plain = extend and any(alias.asname is None and _is_old(alias.name) for alias in node.names)
+        if plain:
+            have = {_name_of(alias) for alias in names}
+            names += [
+                cst.ImportAlias(_expression(module))
+                for module in sorted(self.needed)
+                if not any(path == module or path.startswith(module + ".") for path in have)
+            ]
+        self._edit(start, end, _code(statement.with_changes(names=_commas(names))), count=changes)
+        return plain
+
+    def _new_module(self, node: ast.Import, alias: ast.alias) -> str | None:
+        resolved = resolve_path(alias.name)
+        if resolved is None:
+            return None
+        target, rest = resolved
+        if isinstance(target, Removed):
+            self.left.append((node.lineno, f"import {target.old}: {target.hint}"))
+            return None
+        if alias.asname is None and not self._means_old_package(alias.name):
+            self.left.append(
+                (node.lineno, f"import {alias.name}: its root has another meaning here too; import it `as` something")
+            )
+            return None
+        return target.path + rest
+
+    def _import_from(self, node: ast.ImportFrom) -> None:
+        module = node.module or ""
+        if node.level or not (_is_old(module) or module == "sage"):
+            return
+        start, end = self._span(node)
+        if node.names[0].name == "*":
+            if module in MODULES:
+                statement = _parse(self.text[start:end])
+                self._edit(start, end, _code(statement.with_changes(module=_expression(MODULES[module]))))
+            elif _is_old(module):
+                self.left.append((node.lineno, f"from {module} import *: name what is imported"))
+            return
+        moves = [self._move(node, alias) for alias in node.names]
+        if any(moves):
+            self._move_names(node, start, end, moves)
+
+    def _move(self, node: ast.ImportFrom, alias: ast.alias) -> tuple[str, str] | None:
+        """(new module, or "" for a top-level package; new name), or None where the alias stays."""
+        module = node.module or ""
+        if module == "sage":
+            return ("", "sagellm") if alias.name == "llm" else None
+        target = resolve_name(module, alias.name)
+        if isinstance(target, Target):
+            if target.name is not None:
+                return target.module, target.name
+            parent, _, leaf = target.module.rpartition(".")
+            return parent, leaf
+        hint = target.hint if target is not None else "not a public name of any version"
+        self.left.append((node.lineno, f"from {module} import {alias.name}: {hint}"))
+        return None
+
+    def _move_names(self, node: ast.ImportFrom, start: int, end: int, moves: Sequence[tuple[str, str] | None]) -> None:
+        statement = _parse(self.text[start:end])
+        assert isinstance(statement, cst.ImportFrom)
+        assert not isinstance(statement.names, cst.ImportStar)
+        count = sum(move is not None for move in moves)
+        homes = {move[0] if move else None for move in moves}
+        home = next(iter(homes))
+        if len(homes) == 1 and home:
+            names = [_renamed(alias, move[1]) for alias, move in zip(statement.names, moves, strict=True) if move]
+            self._edit(start, end, _code(statement.with_changes(module=_expression(home), names=names)), count=count)
+            return
+        groups: dict[str, list[cst.ImportAlias]] = {}
+        for alias, move in zip(statement.names, moves, strict=True):
+            where, name = move if move is not None else (node.module or "", _name_of(alias))
+            groups.setdefault(where, []).append(cst.ImportAlias(cst.Name(name), asname=_renamed(alias, name).asname))
+        lines: list[str] = []
+        for where, aliases in groups.items():
+            if where:
+                lines.append(_code(cst.ImportFrom(_expression(where), _commas(aliases))))
+            else:
+                lines += [_code(cst.Import([alias])) for alias in aliases]
+        self._edit(start, end, self._joined(lines, start, end), count=count)
+
+    def _joined(self, statements: list[str], start: int, end: int) -> str:
+        """Several statements in the place of one: on lines of their own, after the comments that stood inside it."""
+        line = self.text.rfind(b"\n", 0, start) + 1
+        indent = self.text[line:start]
+        following = re.match(rb"[ \t]*(;?)", self.text[end:])
+        if indent.strip() or (following is not None and following.group(1)):
+            return "; ".join(statements)
+        newline = "\r\n" if b"\r\n" in self.text else "\n"
+        comments = re.findall(r"#[^\r\n]*", self.text[start:end].decode("utf-8"))
+        return (newline + indent.decode("utf-8")).join([*comments, *statements])
+
+    # -- places ----------------------------------------------------------------------------------------------------------
+
+    def _edit(self, start: int, end: int, new: str, *, count: int = 1) -> None:
+        self.edits.append((start, end, new))
+        self.changes += count
+
+    def _offset(self, line: int, column: int) -> int:
+        return self.starts[line - 1] + column
+
+    def _span(self, node: ast.stmt | ast.expr) -> tuple[int, int]:
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        return self._offset(node.lineno, node.col_offset), self._offset(node.end_lineno, node.end_col_offset)
+
+
+def _walk(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node, in source order, but only the outermost attribute of a dotted name and no text of an f-string."""
+    stack: list[ast.AST] = [tree]
+    while stack:
+        node = stack.pop()
+        yield node
+        if isinstance(node, ast.Attribute) and _dotted(node) is not None:
+            continue
+        children = list(ast.iter_child_nodes(node))
+        if isinstance(node, ast.JoinedStr):
+            children = [child for child in children if not isinstance(child, ast.Constant)]
+        stack += reversed(children)
+
+
+def _bound_name(node: ast.AST) -> str | None:
+    """The name that a node other than an import binds, if any."""
+    if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+        return node.id
+    if isinstance(node, ast.arg):
+        return node.arg
+    return node.name if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) else None
+
+
+def _is_old(path: str) -> bool:
+    return any(path == root or path.startswith(root + ".") for root in OLD_ROOTS)
+
+
+def _dotted(node: ast.expr) -> str | None:
     """``a.b.c`` as text, or None for anything but names and attributes."""
     parts: list[str] = []
-    while isinstance(node, cst.Attribute):
-        parts.append(node.attr.value)
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
         node = node.value
-    if not isinstance(node, cst.Name):
-        return None
-    return ".".join([node.value, *reversed(parts)])
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else None
+
+
+def _parse(statement: bytes) -> cst.BaseSmallStatement:
+    line = cst.parse_statement(statement.decode("utf-8"))
+    assert isinstance(line, cst.SimpleStatementLine)
+    return line.body[0]
+
+
+def _code(node: cst.BaseSmallStatement) -> str:
+    return cst.Module([]).code_for_node(node)
 
 
 def _expression(path: str) -> cst.Attribute | cst.Name:
@@ -83,317 +375,20 @@ def _expression(path: str) -> cst.Attribute | cst.Name:
     return node
 
 
-def _is_old(path: str) -> bool:
-    return any(path == root or path.startswith(root + ".") for root in OLD_ROOTS)
+def _name_of(alias: cst.ImportAlias) -> str:
+    return alias.evaluated_name
 
 
-class _Survey(cst.CSTVisitor):
-    """First pass: which old roots are bound by plain imports, which local names stand for old callables."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.plain_roots: set[str] = set()
-        self.rebound: set[str] = set()
-        self.callables: dict[str, str] = {}
-        self.needed: set[str] = set()
-
-    def visit_Import(self, node: cst.Import) -> bool:
-        for alias in node.names:
-            path = _dotted(alias.name)
-            if path and alias.asname is None and _is_old(path):
-                self.plain_roots.add(path.split(".")[0])
-        return False
-
-    def visit_ImportFrom(self, node: cst.ImportFrom) -> bool:
-        module = _dotted(node.module) if node.module is not None and not node.relative else None
-        if module is not None and _is_old(module) and not isinstance(node.names, cst.ImportStar):
-            for alias in node.names:
-                name = alias.evaluated_name
-                if name in KEYWORDS:
-                    self.callables[alias.evaluated_alias or name] = name
-        return False
-
-    def visit_AssignTarget(self, node: cst.AssignTarget) -> None:
-        if isinstance(node.target, cst.Name):
-            self.rebound.add(node.target.value)
-
-    def visit_Param(self, node: cst.Param) -> None:
-        self.rebound.add(node.name.value)
-
-    def visit_Attribute(self, node: cst.Attribute) -> bool:
-        path = _dotted(node)
-        resolved = resolve_path(path) if path else None
-        if resolved is not None and isinstance(resolved[0], Target):
-            self.needed.add(resolved[0].module)
-        return path is None
-
-    def rewrites_chain(self, path: str) -> bool:
-        """Whether the dotted use `path` means the old package and nothing else."""
-        root = path.split(".", maxsplit=1)[0]
-        return root in self.plain_roots and root not in self.rebound
+def _renamed(alias: cst.ImportAlias, name: str) -> cst.ImportAlias:
+    """The alias under its new name, known to the rest of the file as before."""
+    kept = alias.asname or (None if _name_of(alias) == name else cst.AsName(cst.Name(_name_of(alias))))
+    return alias.with_changes(name=cst.Name(name), asname=kept)
 
 
-class _Rewriter(cst.CSTTransformer):
-    METADATA_DEPENDENCIES = (PositionProvider,)
-
-    def __init__(self, survey: _Survey) -> None:
-        super().__init__()
-        self.survey = survey
-        self.changes = 0
-        self.left: list[tuple[int, str]] = []
-        self.notes: list[tuple[int, str]] = []
-        self._chains: dict[cst.CSTNode, cst.BaseExpression] = {}
-        self._docstrings: set[cst.CSTNode] = set()
-        self._imports_done = False
-
-    # -- imports ---------------------------------------------------------------------------------------------------------
-
-    def visit_Import(self, _node: cst.Import) -> bool:
-        return False
-
-    def leave_Import(self, original_node: cst.Import, updated_node: cst.Import) -> cst.Import:
-        names: list[cst.ImportAlias] = []
-        changed = False
-        for alias in updated_node.names:
-            path = _dotted(alias.name)
-            resolved = resolve_path(path) if path else None
-            if resolved is None:
-                names.append(alias)
-                continue
-            target, rest = resolved
-            if isinstance(target, Removed):
-                self._leave(original_node, f"import {target.old}: {target.hint}")
-                names.append(alias)
-                continue
-            if alias.asname is None and not self.survey.rewrites_chain(path or ""):
-                self._leave(
-                    original_node, f"import {path}: its root is bound to something else here; use `import ... as`"
-                )
-                names.append(alias)
-                continue
-            names.append(alias.with_changes(name=_expression(target.path + rest)))
-            changed = True
-        if not changed:
-            return updated_node
-        self.changes += 1
-        if not self._imports_done and any(a.asname is None for a in names):
-            self._imports_done = True
-            have = {_dotted(a.name) for a in names}
-            missing = sorted(m for m in self.survey.needed if m not in have and not _prefix_of_any(m, have))
-            if missing:
-                names[-1] = names[-1].with_changes(comma=cst.Comma(whitespace_after=cst.SimpleWhitespace(" ")))
-                names += [
-                    cst.ImportAlias(_expression(m), comma=cst.Comma(whitespace_after=cst.SimpleWhitespace(" ")))
-                    for m in missing
-                ]
-                names[-1] = names[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
-        return updated_node.with_changes(names=_unique(names))
-
-    def visit_ImportFrom(self, _node: cst.ImportFrom) -> bool:
-        return False
-
-    def leave_SimpleStatementLine(
-        self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
-    ) -> cst.SimpleStatementLine | cst.FlattenSentinel[cst.SimpleStatementLine]:
-        if not any(isinstance(s, cst.ImportFrom) for s in updated_node.body):
-            return updated_node
-        groups = [
-            self._import_from(original, statement) if isinstance(statement, cst.ImportFrom) else [statement]
-            for original, statement in zip(original_node.body, updated_node.body, strict=True)
-        ]
-        if all(len(group) == 1 for group in groups):
-            return updated_node.with_changes(body=[group[0] for group in groups])
-        flat = [statement for group in groups for statement in group]
-        lines = [cst.SimpleStatementLine([s.with_changes(semicolon=cst.MaybeSentinel.DEFAULT)]) for s in flat]
-        inner = [cst.EmptyLine(comment=comment) for comment in _comments(updated_node.body)]
-        lines[0] = lines[0].with_changes(leading_lines=[*updated_node.leading_lines, *inner])
-        lines[-1] = lines[-1].with_changes(trailing_whitespace=updated_node.trailing_whitespace)
-        return cst.FlattenSentinel(lines)
-
-    def _import_from(self, original: cst.CSTNode, node: cst.ImportFrom) -> list[cst.BaseSmallStatement]:
-        module = _dotted(node.module) if node.module is not None and not node.relative else None
-        if module is None or not (_is_old(module) or module == "sage"):
-            return [node]
-        if isinstance(node.names, cst.ImportStar):
-            if module not in MODULES:
-                if _is_old(module):
-                    self._leave(original, f"from {module} import *: name what is imported")
-                return [node]
-            self.changes += 1
-            return [node.with_changes(module=_expression(MODULES[module]))]
-        moves = [(alias, self._move(original, module, alias)) for alias in node.names]
-        if all(move is None for _, move in moves):
-            return [node]
-        self.changes += sum(move is not None for _, move in moves)
-        homes = {move[0] if move else module for _, move in moves}
-        if len(homes) == 1 and None not in homes:
-            names = [
-                alias.with_changes(name=cst.Name(move[1]), asname=_kept(alias, move[1]))
-                for alias, move in moves
-                if move
-            ]
-            return [node.with_changes(module=_expression(next(iter(homes)) or ""), names=names)]
-        return self._split(module, moves)
-
-    def _move(self, original: cst.CSTNode, module: str, alias: cst.ImportAlias) -> tuple[str | None, str] | None:
-        """(new module or None for a top-level package, new name), or None where the alias stays."""
-        name = _dotted(alias.name) or ""
-        target = resolve_name(module, name) if module != "sage" else (Target("sagellm") if name == "llm" else None)
-        if isinstance(target, Removed):
-            self._leave(original, f"from {module} import {name}: {target.hint}")
-            return None
-        if target is None:
-            if _is_old(module):
-                self._leave(original, f"from {module} import {name}: not a public name of any version")
-            return None
-        if target.name is not None:
-            return target.module, target.name
-        parent, _, leaf = target.module.rpartition(".")
-        return parent or None, leaf
-
-    def _split(
-        self,
-        module: str,
-        moves: Sequence[tuple[cst.ImportAlias, tuple[str | None, str] | None]],
-    ) -> list[cst.BaseSmallStatement]:
-        homes: dict[str | None, list[cst.ImportAlias]] = {}
-        for alias, move in moves:
-            home, name = move if move is not None else (module, _dotted(alias.name) or "")
-            plain = cst.ImportAlias(cst.Name(name), asname=_kept(alias, name))
-            homes.setdefault(home, []).append(plain)
-        statements: list[cst.BaseSmallStatement] = []
-        for home, aliases in homes.items():
-            if home is None:
-                statements += [cst.Import([alias]) for alias in aliases]
-            else:
-                statements.append(cst.ImportFrom(_expression(home), aliases))
-        return statements
-
-    # -- uses ------------------------------------------------------------------------------------------------------------
-
-    def visit_Attribute(self, node: cst.Attribute) -> bool:
-        path = _dotted(node)
-        if path is None:
-            return True
-        resolved = resolve_path(path)
-        if resolved is None or not self.survey.rewrites_chain(path):
-            return False
-        target, rest = resolved
-        if isinstance(target, Removed):
-            self._leave(node, f"{path}: {target.hint}")
-        else:
-            self._chains[node] = _expression(target.path + rest)
-        return False
-
-    def leave_Attribute(self, original_node: cst.Attribute, updated_node: cst.Attribute) -> cst.BaseExpression:
-        new = self._chains.get(original_node)
-        if new is None:
-            return updated_node
-        self.changes += 1
-        return new
-
-    def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:
-        moved = KEYWORDS.get(self._callable(original_node.func) or "")
-        if not moved:
-            return updated_node
-        args: list[cst.Arg] = []
-        for arg in updated_node.args:
-            new = moved.get(arg.keyword.value) if arg.keyword is not None else None
-            if new is not None:
-                self.changes += 1
-            args.append(arg.with_changes(keyword=cst.Name(new)) if new is not None else arg)
-        return updated_node.with_changes(args=args)
-
-    def _callable(self, func: cst.BaseExpression) -> str | None:
-        path = _dotted(func)
-        if path is None:
-            return None
-        root, _, rest = path.partition(".")
-        if root in self.survey.callables:
-            return self.survey.callables[root] + (f".{rest}" if rest else "")
-        if _is_old(path) and self.survey.rewrites_chain(path):
-            name = path.rpartition(".")[2]
-            tail = ".".join(path.split(".")[-2:])
-            return tail if tail in KEYWORDS else name
-        return None
-
-    # -- strings ---------------------------------------------------------------------------------------------------------
-
-    def visit_Expr(self, node: cst.Expr) -> None:
-        if isinstance(node.value, cst.SimpleString | cst.ConcatenatedString):
-            self._docstrings.add(node.value)
-
-    def leave_SimpleString(self, original_node: cst.SimpleString, updated_node: cst.SimpleString) -> cst.BaseExpression:
-        raw = updated_node.value
-        if "sage" not in raw or "b" in updated_node.prefix.lower():
-            return updated_node
-        inner = updated_node.raw_value
-        found = _PATH.search(inner)
-        if found is None:
-            return updated_node
-        if found.group() != inner or original_node in self._docstrings:
-            self.notes.append((self._line(original_node), f"text mentions {found.group()}"))
-            return updated_node
-        new = self._string(original_node, inner)
-        if new is None:
-            return updated_node
-        self.changes += 1
-        quote = len(updated_node.prefix) + len(updated_node.quote)
-        return updated_node.with_changes(value=raw[:quote] + new + updated_node.quote)
-
-    def _string(self, node: cst.CSTNode, text: str) -> str | None:
-        path, colon, attribute = text.partition(":")
-        resolved = resolve_path(f"{path}.{attribute}" if colon else path)
-        if resolved is None:
-            return None
-        target, rest = resolved
-        if isinstance(target, Removed):
-            self._leave(node, f'"{text}": {target.hint}')
-            return None
-        if not colon:
-            return target.path + rest
-        return f"{target.module}:{target.name or ''}{rest}"
-
-    def _line(self, node: cst.CSTNode) -> int:
-        return int(self.get_metadata(PositionProvider, node).start.line)
-
-    def _leave(self, node: cst.CSTNode, text: str) -> None:
-        self.left.append((self._line(node), text))
-
-
-def _kept(alias: cst.ImportAlias, new_name: str) -> cst.AsName | None:
-    """The alias that keeps the name by which the rest of the file knows it."""
-    if alias.asname is not None:
-        return alias.asname
-    old = _dotted(alias.name)
-    return None if old == new_name else cst.AsName(cst.Name(old or ""))
-
-
-def _comments(statements: Sequence[cst.BaseSmallStatement]) -> list[cst.Comment]:
-    """Comments inside the parentheses of statements that are about to be split."""
-    found: list[cst.Comment] = []
-
-    class _Collect(cst.CSTVisitor):
-        def visit_Comment(self, node: cst.Comment) -> None:
-            found.append(node)
-
-    for statement in statements:
-        statement.visit(_Collect())
-    return found
-
-
-def _prefix_of_any(module: str, paths: set[str | None]) -> bool:
-    return any(path is not None and path.startswith(module + ".") for path in paths)
-
-
-def _unique(names: list[cst.ImportAlias]) -> list[cst.ImportAlias]:
-    """Two old modules may have one successor: import it once."""
-    seen: set[tuple[str | None, str | None]] = set()
-    kept: list[cst.ImportAlias] = []
-    for alias in names:
-        key = (_dotted(alias.name), alias.evaluated_alias)
-        if key not in seen:
-            seen.add(key)
-            kept.append(alias)
-    kept[-1] = kept[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
-    return kept
+def _commas(names: Sequence[cst.ImportAlias]) -> list[cst.ImportAlias]:
+    """Each alias once (two old modules may have one successor), with a comma between."""
+    unique = {(_name_of(alias), alias.evaluated_alias): alias for alias in names}
+    kept = list(unique.values())
+    comma = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
+    spaced = [alias if isinstance(alias.comma, cst.Comma) else alias.with_changes(comma=comma) for alias in kept[:-1]]
+    return [*spaced, kept[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)]

@@ -16,6 +16,9 @@ from sagellm.migrate.dependencies import is_dependency_file, rename_requirements
 
 __all__ = ["FileReport", "find_files", "is_dirty", "migrate_file", "migrate_tree"]
 
+_MAGIC = "#\u2063"
+"""Marks a notebook line that is not Python: a comment with an invisible separator, which no source has by accident."""
+
 _SKIP = {
     ".git",
     ".hg",
@@ -136,17 +139,18 @@ def migrate_file(path: Path, *, write: bool) -> FileReport:
 
 
 def _python(report: FileReport) -> None:
-    import libcst
-
     from sagellm.migrate.python_code import rewrite_python
 
     try:
         result = rewrite_python(report.after)
-    except libcst.ParserSyntaxError as error:
-        report.unparsed = f"line {error.raw_line}: not Python 3 ({error.message.splitlines()[0]})"
+    except SyntaxError as error:
+        report.unparsed = f"line {error.lineno or 1}: not Python 3 ({error.msg})"
         return
-    except (UnicodeDecodeError, SyntaxError, LookupError) as error:
-        report.unparsed = f"its encoding is not what it declares ({error})"
+    except UnicodeDecodeError as error:
+        report.unparsed = f"is not {error.encoding}, the encoding that it declares (byte {error.start})"
+        return
+    except ValueError as error:
+        report.unparsed = f"is not Python ({error})"
         return
     report.after = result.source
     report.changes += result.changes
@@ -202,26 +206,24 @@ def _notebook(report: FileReport) -> None:
 
 
 def _cell(cell: dict[str, Any], number: int, report: FileReport) -> None:
-    import libcst
-
     from sagellm.migrate.python_code import rewrite_python
 
     source = cell["source"]
     text = source if isinstance(source, str) else "".join(source)
     # Magics and shell lines are not Python: they pass through as comments.
     masked = "".join(
-        "#\x00" + line if line.lstrip().startswith(("%", "!", "?")) else line for line in text.splitlines(keepends=True)
+        _MAGIC + line if line.lstrip().startswith(("%", "!", "?")) else line for line in text.splitlines(keepends=True)
     )
     try:
         result = rewrite_python(masked.encode("utf-8"))
-    except libcst.ParserSyntaxError as error:
-        report.left.append((number, f"code cell {number} is not Python 3 ({error.message.splitlines()[0]})"))
+    except SyntaxError as error:
+        report.left.append((number, f"code cell {number} is not Python 3 ({error.msg})"))
         return
     report.left += [(number, f"code cell {number}: {what}") for _, what in result.left]
     report.notes += [(number, f"code cell {number}: {what}") for _, what in result.notes]
     if result.changes:
         report.changes += result.changes
-        new = result.source.decode("utf-8").replace("#\x00", "")
+        new = result.source.decode("utf-8").replace(_MAGIC, "")
         cell["source"] = new if isinstance(source, str) else new.splitlines(keepends=True)
 
 
