@@ -1,0 +1,262 @@
+"""What every handler shares (`Gateway`), and one request in the hands of its handler (`Call`)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+import msgspec
+
+from sagellm_gateway import jsonbody
+from sagellm_gateway.config import GatewayConfig
+from sagellm_gateway.errors import HttpError, Shape, openai_body, render, status_of
+from sagellm_gateway.guard import ClientGoneError, InFlight
+from sagellm_protocol.errors import InternalError, SageError, UnavailableError
+
+__all__ = ["ANONYMOUS", "Call", "Endpoint", "Gateway", "Principal"]
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+log = logging.getLogger("sagellm_gateway")
+
+_JSON = (b"content-type", b"application/json")
+_TYPES_THAT_MAY_BE_JSON = re.compile(
+    rb"^(application/([\w.+-]*\+)?json|application/x-www-form-urlencoded)\s*(;.*)?$", re.I
+)
+_encode = msgspec.json.Encoder().encode
+
+
+class Principal(msgspec.Struct, frozen=True, kw_only=True):
+    """Who calls. `key_id` is empty when no key is demanded."""
+
+    key_id: str = ""
+    name: str = ""
+    role: str = "admin"
+
+
+ANONYMOUS = Principal()
+
+
+class Gateway:
+    """The parts that handlers share. One for each app.
+
+    Attributes:
+        manager: the control plane; anything with the methods of `ControlPlaneManager`.
+        config: settings.
+        ready: whether start-up is over.
+        draining: set once by `drain`; new work is answered 503 from then on.
+        in_flight: guards of the requests that run.
+    """
+
+    def __init__(self, manager: Any, config: GatewayConfig) -> None:
+        self.manager = manager
+        self.config = config
+        self.ready = False
+        self.draining = False
+        self.in_flight = InFlight()
+        self.started_at = time.time()
+
+    def admit(self) -> None:
+        """Check that new work may start.
+
+        Raises:
+            UnavailableError: the gateway is draining.
+            HttpError: 429, too many requests are in flight.
+        """
+        if self.draining:
+            raise UnavailableError("the server is shutting down: try another one", retry_after_s=5)
+        bound = self.config.limits.in_flight
+        if len(self.in_flight) >= bound:
+            raise HttpError(
+                429,
+                f"{bound} requests are in flight, the most this server takes",
+                code="too_many_requests",
+                retry_after_s=1,
+            )
+
+    def drain(self) -> None:
+        """Refuse new work from now on."""
+        self.draining = True
+
+    async def finish(self, grace_s: float) -> int:
+        """Wait for the requests in flight; fail those that are left after `grace_s` seconds and return their number."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.in_flight.idle(), grace_s)
+        left = self.in_flight.guards()
+        for guard in left:
+            guard.fail(UnavailableError("the server shut down before the answer was complete"))
+        return len(left)
+
+
+class Call:
+    """One request: its scope, its body, and the ways to answer it."""
+
+    __slots__ = ("_raw_headers", "gateway", "headers_out", "receive", "request_id", "scope", "send", "shape", "started")
+
+    def __init__(self, gateway: Gateway, scope: Scope, receive: Receive, send: Send, shape: Shape) -> None:
+        self.gateway = gateway
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.shape = shape
+        self.request_id: str = scope.get("sagellm.request_id", "")
+        self.headers_out: Headers = []
+        self.started = False
+
+    @property
+    def principal(self) -> Principal:
+        """Who calls, as the key check found."""
+        return self.scope.get("sagellm.principal", ANONYMOUS)  # type: ignore[no-any-return]
+
+    def path(self, name: str) -> str:
+        """Return a parameter of the route."""
+        return str(self.scope["path_params"][name])
+
+    def header(self, name: bytes) -> bytes | None:
+        """Return the first header of that (lower-case) name."""
+        for key, value in self.scope["headers"]:
+            if key == name:
+                return bytes(value)
+        return None
+
+    def query(self) -> dict[str, str]:
+        """Return the query string's parameters, the last of each name."""
+        from urllib.parse import parse_qsl
+
+        raw = self.scope.get("query_string", b"").decode("latin-1")
+        return dict(parse_qsl(raw, keep_blank_values=True, max_num_fields=64))
+
+    async def body(self, max_bytes: int | None = None) -> bytes:
+        """Read the request body, counting while it streams.
+
+        Raises:
+            HttpError: 413 too large, 415 encoded, 408 too slow.
+            ClientGoneError: the client hung up.
+        """
+        limits, timeouts = self.gateway.config.limits, self.gateway.config.timeouts
+        bound = limits.body_bytes if max_bytes is None else max_bytes
+        encoding = self.header(b"content-encoding")
+        if encoding not in (None, b"", b"identity"):
+            raise HttpError(
+                415, "a Content-Encoding is not accepted: send the body uncompressed", code="unsupported_encoding"
+            )
+        length = self.header(b"content-length")
+        if length is not None and length.isdigit() and int(length[:20]) > bound:
+            raise _too_large(bound)
+        first = await self.receive()
+        if first["type"] == "http.request" and not first.get("more_body"):
+            if len(first.get("body", b"")) > bound:
+                raise _too_large(bound)
+            return bytes(first.get("body", b""))
+        try:
+            return await asyncio.wait_for(self._rest(first, bound), timeouts.body)
+        except asyncio.TimeoutError:
+            raise HttpError(
+                408, f"the body did not arrive within {timeouts.body:g} s", code="body_timeout", headers=_CLOSE
+            ) from None
+
+    async def _rest(self, message: Message, bound: int) -> bytes:
+        parts, size = [], 0
+        while True:
+            if message["type"] != "http.request":
+                raise ClientGoneError
+            part = message.get("body", b"")
+            size += len(part)
+            if size > bound:
+                raise _too_large(bound)
+            parts.append(part)
+            if not message.get("more_body"):
+                return b"".join(parts)
+            message = await self.receive()
+
+    async def json_object(self) -> dict[str, Any]:
+        """Read the body as one JSON object; see `sagellm_gateway.jsonbody`."""
+        content_type = self.header(b"content-type")
+        if content_type and not _TYPES_THAT_MAY_BE_JSON.match(content_type):
+            raise HttpError(415, "send the body as Content-Type: application/json", code="unsupported_media_type")
+        body = await self.body()
+        depth = self.gateway.config.limits.json_depth
+        if len(body) > 1_000_000:
+            return await asyncio.to_thread(jsonbody.decode_object, body, depth)
+        return jsonbody.decode_object(body, depth)
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Name request fields that have no effect in the response header ``x-sagellm-ignored-params``."""
+        shown = [name if _PLAIN.match(name) else "?" for name in names]
+        if shown:
+            self.headers_out.append((b"x-sagellm-ignored-params", ",".join(shown[:32]).encode()))
+
+    async def reply(
+        self, body: bytes, *, status: int = 200, content_type: bytes | None = None, headers: Headers | None = None
+    ) -> None:
+        """Answer with a whole body."""
+        self.started = True
+        kind = _JSON if content_type is None else (b"content-type", content_type)
+        all_headers = [kind, (b"content-length", str(len(body)).encode()), *self.headers_out, *(headers or ())]
+        await self.send({"type": "http.response.start", "status": status, "headers": all_headers})
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def json(self, value: Any, *, status: int = 200, headers: Headers | None = None) -> None:
+        """Answer with JSON."""
+        await self.reply(_encode(value), status=status, headers=headers)
+
+    async def fail(self, error: SageError) -> None:
+        """Answer with `error` in the dialect's shape."""
+        status, headers, body = render(error, self.shape, self.request_id)
+        await self.reply(body, status=status, headers=headers)
+
+
+Handler = Callable[[Call], Awaitable[None]]
+
+
+class Endpoint:
+    """ASGI application around a handler; the one place where failures become answers."""
+
+    def __init__(self, gateway: Gateway, handler: Handler, shape: Shape = openai_body) -> None:
+        self.gateway = gateway
+        self.handler = handler
+        self.shape = shape
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        call = Call(self.gateway, scope, receive, send, self.shape)
+        try:
+            await self.handler(call)
+        except ClientGoneError:
+            scope["sagellm.outcome"] = "cancelled"
+            if not call.started:
+                await call.reply(b"", status=499)
+        except SageError as error:
+            scope["sagellm.outcome"] = error.code.value
+            if status_of(error) >= 500 and not isinstance(error, UnavailableError):
+                log.exception("request %s failed: %s", call.request_id, error.code.value)
+            await self._fail(call, error)
+        except Exception as error:  # the border: whatever it is, the client gets a clean 500 and the log the rest
+            scope["sagellm.outcome"] = "internal"
+            log.exception("request %s failed", call.request_id)
+            await self._fail(call, InternalError(type(error).__name__))
+
+    async def _fail(self, call: Call, error: SageError) -> None:
+        if call.started:
+            # A half-sent answer cannot be taken back; ending the task without completing it closes the connection.
+            return
+        await call.fail(error)
+
+
+_CLOSE = ((b"connection", b"close"),)
+_PLAIN = re.compile(r"^[A-Za-z0-9_.\-]{1,64}$")
+
+
+def _too_large(bound: int) -> HttpError:
+    return HttpError(
+        413, f"the body is larger than {bound} bytes, the most this server takes", code="body_too_large", headers=_CLOSE
+    )

@@ -1,0 +1,99 @@
+"""A request's lifeline: its task is cancelled when the client goes away, or when the server gives up on it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, MutableMapping
+from types import TracebackType
+from typing import Any
+
+__all__ = ["ClientGoneError", "Guard", "InFlight"]
+
+
+class ClientGoneError(Exception):
+    """The client hung up: there is nobody to answer."""
+
+
+class InFlight:
+    """The guards of the requests that run."""
+
+    def __init__(self) -> None:
+        self._guards: set[Guard] = set()
+        self._idle: list[asyncio.Future[None]] = []
+
+    def __len__(self) -> int:
+        return len(self._guards)
+
+    def add(self, guard: Guard) -> None:
+        """A request begins."""
+        self._guards.add(guard)
+
+    def discard(self, guard: Guard) -> None:
+        """A request has ended."""
+        self._guards.discard(guard)
+        while self._idle and not self._guards:
+            waiter = self._idle.pop()
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def guards(self) -> list[Guard]:
+        """Return the guards of now."""
+        return list(self._guards)
+
+    async def idle(self) -> None:
+        """Return when no request runs."""
+        if self._guards:
+            waiter = asyncio.get_running_loop().create_future()
+            self._idle.append(waiter)
+            await waiter
+
+
+class Guard:
+    """Async context manager around the work of one request, after its body was read.
+
+    Leaving it for a reason of `fail` raises that reason instead of the cancellation.
+    """
+
+    __slots__ = ("_listener", "_receive", "_registry", "_task", "reason")
+
+    def __init__(self, receive: Callable[[], Awaitable[MutableMapping[str, Any]]], registry: InFlight) -> None:
+        self._receive = receive
+        self._registry = registry
+        self._task: asyncio.Task[Any] | None = None
+        self._listener: asyncio.Task[None] | None = None
+        self.reason: Exception | None = None
+
+    async def __aenter__(self) -> Guard:
+        self._task = asyncio.current_task()
+        self._registry.add(self)
+        self._listener = asyncio.create_task(self._listen())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._registry.discard(self)
+        if self._listener is not None:
+            self._listener.cancel()
+        if kind is asyncio.CancelledError and self.reason is not None:
+            self.settle()
+            raise self.reason from None
+
+    def settle(self) -> None:
+        """Take back the cancellation that `fail` asked for, once it was handled."""
+        if sys.version_info >= (3, 11) and self._task is not None:
+            self._task.uncancel()
+
+    def fail(self, reason: Exception) -> None:
+        """Cancel the work for `reason`; the first reason stays."""
+        if self.reason is None and self._task is not None and not self._task.done():
+            self.reason = reason
+            self._task.cancel()
+
+    async def _listen(self) -> None:
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self.fail(ClientGoneError())
+                return

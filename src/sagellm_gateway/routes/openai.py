@@ -1,0 +1,68 @@
+"""The OpenAI family that generates: /v1/chat/completions and /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from sagellm_gateway.context import Call
+from sagellm_gateway.dialects import openai_chat, openai_completions
+from sagellm_gateway.dialects.openai_common import Head, ignored_fields, wants_usage
+from sagellm_gateway.jsonbody import convert
+from sagellm_gateway.routes.generation import echoed, extras, merged, new_id, now
+from sagellm_gateway.streaming import guarded, stream
+
+__all__ = ["chat_completions", "completions"]
+
+
+async def chat_completions(call: Call) -> None:
+    """POST /v1/chat/completions."""
+    raw = await call.json_object()
+    body = convert(raw, openai_chat.ChatBody)
+    call.ignore(ignored_fields(raw, openai_chat.KNOWN))
+    wants = openai_chat.stream_wants_usage(body)
+    head = Head(new_id("chatcmpl-"), now(), body.model)
+    request = openai_chat.request_of(body, head.id, call.gateway.config.limits, **extras(call))
+    call.scope["sagellm.model"] = request.model
+    events = call.gateway.manager.generate(request)
+    logprobs = request.sampling.logprobs is not None
+    if body.stream:
+        await stream(call, events, openai_chat.ChatFrames(head, request.n, usage=wants, logprobs=logprobs))
+        return
+    result = openai_chat.ChatResult(request.n)
+    async with guarded(call, events) as source:
+        async for event in source:
+            result.add(event)
+    await call.json(result.body(head, logprobs=logprobs))
+
+
+async def completions(call: Call) -> None:
+    """POST /v1/completions."""
+    raw = await call.json_object()
+    body = convert(raw, openai_completions.CompletionBody)
+    call.ignore(ignored_fields(raw, openai_completions.KNOWN))
+    wants = wants_usage(body.stream, body.stream_options)
+    head = Head(new_id("cmpl-"), now(), body.model)
+    requests = openai_completions.requests_of(body, head.id, call.gateway.config.limits, **extras(call))
+    call.scope["sagellm.model"] = body.model
+    events = _events(call, body, requests)
+    choices, logprobs = len(requests) * requests[0].n, body.logprobs is not None
+    if body.stream:
+        await stream(call, events, openai_completions.CompletionFrames(head, choices, usage=wants, logprobs=logprobs))
+        return
+    result = openai_completions.CompletionResult(choices)
+    async with guarded(call, events) as source:
+        async for event in source:
+            result.add(event)
+    await call.json(result.body(head, logprobs=logprobs))
+
+
+def _events(call: Call, body: openai_completions.CompletionBody, requests: list[Any]) -> AsyncGenerator[Any, None]:
+    generate = call.gateway.manager.generate
+    only = openai_completions.scores_only(body)
+
+    def run(request: Any) -> AsyncGenerator[Any, None]:
+        events: AsyncGenerator[Any, None] = generate(request)
+        return echoed(call, request, events, prompt_only=only) if body.echo else events
+
+    return run(requests[0]) if len(requests) == 1 else merged(run, requests)

@@ -1,0 +1,181 @@
+"""The gateway under uvicorn: bounds on slow and oversized headers, and a SIGTERM that loses no running request."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from sagellm_gateway.config import GatewayConfig
+from sagellm_gateway.context import Gateway
+
+__all__ = ["GatewayServer", "bind", "run", "server_of"]
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 with a deadline and a size bound for the header block, which it lacks."""
+
+    header_seconds = 10.0
+    header_bytes = 32 * 1024
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock: a connection that never sends a request is closed too."""
+        super().connection_made(transport)
+        self._header_size = 0
+        self._in_headers = True
+        self._header_timer: asyncio.TimerHandle | None = self.loop.call_later(self.header_seconds, self._header_timeout)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Count bytes until the header block is complete."""
+        if self._in_headers:
+            self._header_size += len(data)
+            if self._header_timer is None:
+                self._header_timer = self.loop.call_later(self.header_seconds, self._header_timeout)
+        super().data_received(data)
+        if self._in_headers and self._header_size > self.header_bytes and not self.transport.is_closing():
+            self._refuse(
+                b"431 Request Header Fields Too Large",
+                "headers_too_large",
+                f"more than {self.header_bytes} bytes of headers",
+            )
+
+    def on_message_begin(self) -> None:
+        """A new request (also one that was pipelined behind another) counts from zero."""
+        self._in_headers = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """The header block is in: stop the clock."""
+        self._in_headers = False
+        self._header_size = 0
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        """The next bytes belong to a new header block."""
+        self._in_headers = True
+        super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are not HTTP in the OpenAI shape."""
+        self._refuse(b"400 Bad Request", "invalid_http", msg.rstrip("."))
+
+    def _stop_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _header_timeout(self) -> None:
+        self._header_timer = None
+        if self.transport.is_closing():
+            return
+        if self._header_size == 0:
+            self.transport.close()
+        else:
+            self._refuse(
+                b"408 Request Timeout", "header_timeout", f"the headers did not arrive within {self.header_seconds:g} s"
+            )
+
+    def _refuse(self, status: bytes, code: str, message: str) -> None:
+        body = (
+            f'{{"error":{{"message":"{message}","type":"invalid_request_error","param":null,"code":"{code}"}}}}'
+        ).encode()
+        self.transport.write(
+            b"HTTP/1.1 " + status + b"\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: "
+            + str(len(body)).encode() + b"\r\n\r\n" + body
+        )  # fmt: skip
+        self.transport.close()
+
+
+class GatewayServer(uvicorn.Server):
+    """On the first SIGTERM or SIGINT: /ready and new work answer 503, running work finishes within the grace time."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+        super().__init__(config)
+        self.gateway = gateway
+        self._drained: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Remember the loop, for the signal handler."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain on the first signal, leave at once on the second."""
+        if self._loop is None or self.gateway.draining or self.should_exit:
+            super().handle_exit(sig, frame)
+            return
+        self.gateway.drain()
+        self._loop.call_soon_threadsafe(self._start_drain)
+
+    def _start_drain(self) -> None:
+        self._drained = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        await self.gateway.finish(self.gateway.config.timeouts.grace)
+        self.should_exit = True
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a listening socket.
+
+    Raises:
+        SystemExit: the port is in use, or the address is not one of this machine; the message says which.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(2048)
+    except (OSError, OverflowError) as error:
+        sock.close()
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise SystemExit(f"port {port} on {host} is in use: stop the other server or pass --port N") from None
+        raise SystemExit(f"cannot listen on {host}:{port}: {error}") from None
+    sock.setblocking(False)
+    return sock
+
+
+def server_of(app: Starlette, config: GatewayConfig) -> GatewayServer:
+    """Return the uvicorn server of `app`, not started."""
+    timeouts, limits = config.timeouts, config.limits
+    protocol: Any = type(
+        "Protocol", (BoundedProtocol,), {"header_seconds": timeouts.header, "header_bytes": limits.header_bytes}
+    )
+    settings = uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        http=protocol,
+        ws="none",
+        loop="auto",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=True,
+        timeout_keep_alive=max(1, round(timeouts.keep_alive)),
+        timeout_graceful_shutdown=5,
+        proxy_headers=False,
+    )
+    return GatewayServer(settings, app.state.gateway)
+
+
+def run(app: Starlette, config: GatewayConfig) -> None:
+    """Bind and serve until a signal."""
+    sock = bind(config.host, config.port)
+    server = server_of(app, config)
+    server.run(sockets=[sock])
