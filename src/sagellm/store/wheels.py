@@ -68,7 +68,7 @@ def _download(requirement: str, folder: Path, report: Report) -> Path:
         requirement,
     ]
     tail: deque[str] = deque(maxlen=12)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:  # noqa: S603 - our own argv
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if match := _RAW_PROGRESS.match(line):

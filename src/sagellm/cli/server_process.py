@@ -1,0 +1,133 @@
+"""The process behind ``sage-llm serve``: brings the house up, says so, and takes it down on Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sagellm._version import __version__
+from sagellm.cli.failures import describe
+from sagellm_protocol.errors import SageError
+
+if TYPE_CHECKING:
+    from sagellm.compose import House
+    from sagellm_core.config import EngineConfig
+    from sagellm_gateway.uvicorn_server import GatewayServer
+
+__all__ = ["ServeOptions", "serve_until_stopped"]
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What to serve and where.
+
+    Attributes:
+        host, port: address to listen on; port 0 takes a free one.
+        models: (name or None, stored name or path) of each model.
+        engines: engine processes for each model.
+        policy: scheduling policy.
+        changes: to every engine's configuration.
+        gateway: further fields of `GatewayConfig`.
+    """
+
+    host: str
+    port: int
+    models: tuple[tuple[str | None, str], ...]
+    engines: int = 1
+    policy: str = "adaptive"
+    changes: dict[str, Any] = field(default_factory=dict)
+    gateway: dict[str, Any] = field(default_factory=dict)
+
+
+def serve_until_stopped(options: ServeOptions) -> None:
+    """Serve until a signal; returns after a clean stop.
+
+    Raises:
+        SystemExit: the port is in use, or an engine could not be started.
+        SageError: a model is missing or a setting is wrong.
+    """
+    began = time.perf_counter()
+    from sagellm import compose
+    from sagellm_gateway.config import GatewayConfig
+    from sagellm_gateway.uvicorn_server import bind, server_of
+
+    configs = [compose.engine_config(model, options.changes, name=name) for name, model in options.models]
+    sock = bind(options.host, options.port)
+    port = sock.getsockname()[1]
+    gateway = GatewayConfig(host=options.host, port=port, **options.gateway)
+    house = compose.build_server(configs, gateway, options.changes, scheduling_policy=options.policy)
+    start = _Start(house, configs, options.engines, f"http://{_shown_host(options.host)}:{port}", began)
+    app = house.server_app(start.lifespan)
+    start.server = server_of(app, gateway)
+    _say("isagellm", f"{__version__}, pid {os.getpid()}")
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how one stops a server
+        start.server.run(sockets=[sock])
+    if start.failure is not None:
+        raise SystemExit(f"error: {describe(start.failure)}")
+    _say("stopped", "")
+
+
+class _Start:
+    """Starts the engines once the event loop runs, and tells about each phase."""
+
+    def __init__(self, house: House, configs: list[EngineConfig], engines: int, url: str, began: float) -> None:
+        self.house = house
+        self.configs = configs
+        self.engines = engines
+        self.url = url
+        self.began = began
+        self.server: GatewayServer | None = None
+        self.failure: SageError | None = None
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[None]:
+        """Run `_bring_up` beside the server."""
+        task = asyncio.create_task(self._bring_up())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    async def _bring_up(self) -> None:
+        self.house.set_ready(False)
+        try:
+            for config in self.configs:
+                for k in range(self.engines):
+                    await self._start_engine(config, k)
+        except SageError as error:
+            self.failure = error
+            if self.server is not None:
+                self.server.should_exit = True
+            return
+        self.house.set_ready(True)
+        self._announce()
+
+    async def _start_engine(self, config: EngineConfig, k: int) -> None:
+        started = time.perf_counter()
+        engine_id = config.served_id if self.engines == 1 else f"{config.served_id}-{k + 1}"
+        line = await self.house.start_engine(config.served_id, engine_id)
+        _say("engine", f"{line} ({time.perf_counter() - started:.1f} s)")
+
+    def _announce(self) -> None:
+        model = self.configs[0].served_id
+        body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+        _say("ready", f"{self.url}/v1 ({time.perf_counter() - self.began:.1f} s)")
+        _say("try", f"curl {self.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+        _say("stop", f"Ctrl-C, or: kill {os.getpid()}")
+
+
+def _shown_host(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104 - shown, not bound
+
+
+def _say(what: str, text: str) -> None:
+    sys.stdout.write(f"{what:<9}{text}".rstrip() + "\n")
+    sys.stdout.flush()

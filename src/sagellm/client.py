@@ -1,0 +1,197 @@
+"""`UnifiedInferenceClient`: one client for a server, for the control plane, and for an engine in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError
+from types import TracebackType
+from typing import Any, Literal, TypeVar, overload
+
+from sagellm.async_client import AsyncUnifiedInferenceClient, Messages, with_v1
+from sagellm.results import ChatResult, CompletionResult, EmbeddingResult
+from sagellm.streams import DeltaStream
+from sagellm.transport import RetryPolicy, Timeouts
+from sagellm_protocol.errors import UnavailableError
+
+__all__ = ["AsyncUnifiedInferenceClient", "DeltaStream", "UnifiedInferenceClient"]
+
+_T = TypeVar("_T")
+
+
+class UnifiedInferenceClient:
+    """The client: one class for a server, for the control plane, and (``embedded=True``) for an engine in this process.
+
+    Thread-safe: all calls run on one event loop in a background thread. For the arguments see `AsyncUnifiedInferenceClient`.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        default_llm_model: str | None = None,
+        default_embedding_model: str | None = None,
+        timeout: float | Timeouts | None = 60.0,
+        *,
+        api_key: str | None = None,
+        embedded: bool = False,
+        retries: RetryPolicy | None = None,
+        engine: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._async = AsyncUnifiedInferenceClient(
+            base_url,
+            default_llm_model,
+            default_embedding_model,
+            timeout,
+            api_key=api_key,
+            embedded=embedded,
+            retries=retries,
+            engine=engine,
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+
+    @classmethod
+    def create(
+        cls,
+        control_plane_url: str | None = None,
+        default_llm_model: str | None = None,
+        default_embedding_model: str | None = None,
+        timeout: float | Timeouts | None = 60.0,
+        embedded: bool = False,
+        api_key: str | None = None,
+        *,
+        retries: RetryPolicy | None = None,
+        engine: Mapping[str, Any] | None = None,
+    ) -> UnifiedInferenceClient:
+        """Return a client of the control plane at `control_plane_url` (with or without ``/v1``); see the class for the rest."""
+        return cls(
+            with_v1(control_plane_url) if control_plane_url else None,
+            default_llm_model,
+            default_embedding_model,
+            timeout,
+            api_key=api_key,
+            embedded=embedded,
+            retries=retries,
+            engine=engine,
+        )
+
+    create_with_control_plane = create
+
+    @property
+    def default_llm_model(self) -> str | None:
+        """The model of `chat` and `generate` where a call names none."""
+        return self._async.default_llm_model
+
+    @property
+    def default_embedding_model(self) -> str | None:
+        """The model of `embed` where a call names none."""
+        return self._async.default_embedding_model
+
+    @overload
+    def chat(self, messages: Messages, *, stream: Literal[False] = False, **options: Any) -> ChatResult: ...
+    @overload
+    def chat(self, messages: Messages, *, stream: Literal[True], **options: Any) -> DeltaStream: ...
+    def chat(self, messages: Messages, *, stream: bool = False, **options: Any) -> ChatResult | DeltaStream:
+        """Continue a conversation; see `AsyncUnifiedInferenceClient.chat`.
+
+        Raises:
+            SageError: what the server said, or that it cannot be reached.
+        """
+        if stream:
+            return DeltaStream(self._call(self._async.chat(messages, stream=True, **options)), self._call)
+        result: ChatResult = self._call(self._async.chat(messages, **options))
+        return result
+
+    @overload
+    def generate(self, prompt: str, *, stream: Literal[False] = False, **options: Any) -> CompletionResult: ...
+    @overload
+    def generate(self, prompt: str, *, stream: Literal[True], **options: Any) -> DeltaStream: ...
+    def generate(self, prompt: str, *, stream: bool = False, **options: Any) -> CompletionResult | DeltaStream:
+        """Continue a text; see `AsyncUnifiedInferenceClient.generate`.
+
+        Raises:
+            SageError: what the server said, or that it cannot be reached.
+        """
+        if stream:
+            return DeltaStream(self._call(self._async.generate(prompt, stream=True, **options)), self._call)
+        result: CompletionResult = self._call(self._async.generate(prompt, **options))
+        return result
+
+    complete = generate
+
+    def embed(self, texts: str | Sequence[str], *, model: str | None = None, **options: Any) -> EmbeddingResult:
+        """Return a vector for each text; see `AsyncUnifiedInferenceClient.embed`.
+
+        Raises:
+            SageError: what the server said, or that it cannot be reached.
+        """
+        return self._call(self._async.embed(texts, model=model, **options))
+
+    def models(self) -> list[str]:
+        """Return the names of the models that are served."""
+        return self._call(self._async.models())
+
+    def health(self) -> dict[str, Any]:
+        """Return what the server says of itself.
+
+        Raises:
+            UnavailableError: it cannot be reached, or it is loading or draining.
+        """
+        return self._call(self._async.health())
+
+    def is_llm_available(self) -> bool:
+        """Whether a chat model answers."""
+        return self._call(self._async.is_llm_available())
+
+    def is_embedding_available(self) -> bool:
+        """Whether an embedding model answers."""
+        return self._call(self._async.is_embedding_available())
+
+    def get_status(self) -> dict[str, Any]:
+        """Return where the client is connected, and what is served there."""
+        return self._call(self._async.get_status())
+
+    def close(self) -> None:
+        """Close connections, end an embedded engine and the background thread. Idempotent; a later call opens them again."""
+        with self._starting:
+            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
+        if loop is None or thread is None:
+            return
+        asyncio.run_coroutine_threadsafe(self._async.close(), loop).result()
+        self._async._opening = None  # bound to the loop that ends here
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+    def __enter__(self) -> UnifiedInferenceClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        loop = self._loop if hasattr(self, "_loop") else None
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(loop.stop)
+
+    def _call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._running_loop())
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+        except CancelledError as error:
+            raise UnavailableError("the client was closed while the call was under way") from error
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        with self._starting:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._loop.run_forever, name="sagellm-client", daemon=True)
+                self._thread.start()
+            return self._loop

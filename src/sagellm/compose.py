@@ -1,0 +1,230 @@
+"""The composition root: the only place where concrete parts meet.
+
+Everything else asks for ports (`sagellm_protocol.ports`, `sagellm_control_plane.live.lifecycle`); here they are plugged in.
+
+* `start_embedded`: engine, control plane and gateway application in this process (the client, ``sage-llm run``).
+* `build_server`: gateway and control plane here, every engine in a process of its own (``sage-llm serve``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sagellm import store
+from sagellm_protocol.errors import InvalidArgumentError, ModelNotFoundError
+
+if TYPE_CHECKING:
+    from sagellm_control_plane.manager import ControlPlaneManager
+    from starlette.applications import Starlette
+
+    from sagellm.asgi import AsgiApp
+    from sagellm_control_plane.live.lifecycle import EngineSpec
+    from sagellm_core.config import EngineConfig
+    from sagellm_gateway.config import GatewayConfig
+    from sagellm_gateway.context import Gateway
+    from sagellm_protocol.ports import ChatModel
+
+__all__ = ["House", "StoreCatalog", "build_server", "engine_config", "start_embedded"]
+
+MOCK = "mock"
+
+
+def engine_config(model: str, changes: Mapping[str, Any] | None = None, *, name: str | None = None) -> EngineConfig:
+    """Return the configuration of an engine for `model`: a stored name, a path, or ``mock``.
+
+    Args:
+        model: what to run.
+        changes: fields of `EngineConfig` by name, groups as nested mappings.
+        name: what to serve it as; the default is the stored name, or the file's stem.
+
+    Raises:
+        ModelNotFoundError: `model` is not on this machine.
+        InvalidArgumentError: `changes` has an unknown field or a value out of range.
+    """
+    import msgspec
+
+    from sagellm_core.config import EngineConfig
+
+    if model == MOCK:
+        fields: dict[str, Any] = {"model": MOCK, "model_id": name or MOCK}
+    else:
+        stored = store.resolve(model)
+        fields = {"model": str(stored.path), "model_id": name or stored.name}
+    fields.setdefault("device", {"cache_dir": str(store.home() / "packed")})
+    for key, value in (changes or {}).items():
+        fields[key] = {**fields.get(key, {}), **value} if isinstance(value, Mapping) else value
+    try:
+        return msgspec.convert(fields, EngineConfig)
+    except msgspec.ValidationError as error:
+        raise InvalidArgumentError(f"engine configuration: {error}", param="engine") from error
+
+
+def load_text_side(config: EngineConfig, context_length: int | None = None) -> ChatModel:
+    """Return template, tokenizer and parsers of the configured model."""
+    if config.is_mock:
+        from sagellm_core.text.bytes_model import ByteChatModel
+
+        return ByteChatModel(config.served_id, context_length or config.limits.n_ctx or 8192)
+    from sagellm_core.text import load_chat_model
+
+    return load_chat_model(Path(config.model), config.served_id, context_length)
+
+
+class StoreCatalog:
+    """The models that can be started here: those given on the command line, and those of the store (a `ModelCatalog`)."""
+
+    def __init__(self, configs: Sequence[EngineConfig], changes: Mapping[str, Any] | None = None) -> None:
+        self._given = {config.served_id: config for config in configs}
+        self._changes = dict(changes or {})
+
+    def models(self) -> Sequence[str]:
+        """Names that `engine_spec` understands."""
+        return [*self._given, *(m.name for m in store.installed() if m.name not in self._given)]
+
+    def config(self, model_id: str, options: Mapping[str, Any] | None = None) -> EngineConfig:
+        """Return the configuration of an engine for `model_id`, with `options` on top.
+
+        Raises:
+            ModelNotFoundError: neither given nor stored.
+            InvalidArgumentError: an unknown option.
+        """
+        given = self._given.get(model_id)
+        if given is not None and not options:
+            return given
+        if given is not None:
+            return engine_config(given.model, {**self._changes, **(options or {})}, name=model_id)
+        if model_id not in self.models():
+            raise ModelNotFoundError(
+                f"model {model_id!r} is not on this machine: sage-llm pull {model_id}; here are {', '.join(self.models()) or 'none'}",
+                param="model",
+            )
+        return engine_config(model_id, {**self._changes, **(options or {})})
+
+    def engine_spec(self, model_id: str, engine_id: str, options: Mapping[str, Any]) -> EngineSpec:
+        """How to start an engine for `model_id` (see `ModelCatalog`)."""
+        import msgspec
+
+        from sagellm_control_plane.live.lifecycle import EngineSpec
+
+        config = msgspec.structs.replace(self.config(model_id, options), engine_id=engine_id)
+        return EngineSpec(engine_id=engine_id, model_id=model_id, config=msgspec.to_builtins(config))
+
+    def chat_model(self, model_id: str) -> ChatModel:
+        """The text side of `model_id`."""
+        return load_text_side(self.config(model_id))
+
+
+def engine_argv(spec: EngineSpec, socket: str) -> list[str]:
+    """Return the command that runs an engine in its own process, listening on the unix socket."""
+    import msgspec
+
+    config = msgspec.json.encode(spec.config).decode()
+    return [sys.executable, "-m", "sagellm_core.server", "--config", config, "--socket", socket]
+
+
+class House:
+    """A control plane with its engines, and the application over it."""
+
+    def __init__(self, manager: ControlPlaneManager, gateway: GatewayConfig | None = None) -> None:
+        self.manager = manager
+        self._config = gateway
+        self._gateway: Gateway | None = None
+
+    def app(self) -> AsgiApp:
+        """Return the gateway's routes over this control plane, for calls from this process: no web framework, no lifespan."""
+        from sagellm_gateway.config import GatewayConfig
+        from sagellm_gateway.context import Gateway
+        from sagellm_gateway.middleware.edge import Edge
+        from sagellm_gateway.routes.table import ROUTES
+        from sagellm_gateway.routing import Router
+
+        gateway = Gateway(self.manager, self._config or GatewayConfig(access_log=False))
+        gateway.ready = True
+        return Edge(Router(gateway, ROUTES), gateway)
+
+    def server_app(self, beside: Callable[[], AbstractAsyncContextManager[None]]) -> Starlette:
+        """Return the gateway's application; `beside` runs within its lifespan, after the control plane has started."""
+        from sagellm_gateway.server import create_app
+
+        app = create_app(self.manager, self._config)
+        self._gateway = app.state.gateway
+        own = app.router.lifespan_context
+
+        @contextlib.asynccontextmanager
+        async def lifespan(started: Starlette) -> AsyncIterator[Any]:
+            async with own(started) as state, beside():
+                yield state
+
+        app.router.lifespan_context = lifespan
+        return app
+
+    def set_ready(self, ready: bool) -> None:
+        """Answer ``/ready`` with 200 or 503."""
+        if self._gateway is not None:
+            self._gateway.ready = ready
+
+    async def start_engine(self, model_id: str, engine_id: str) -> str:
+        """Start an engine process and wait until it serves; return one line about it.
+
+        Raises:
+            SageError: it could not be started; the message has its last words.
+        """
+        info = await self.manager.request_engine_startup(model_id, engine_id=engine_id)
+        return f"{engine_id} is up: {info}"
+
+    async def close(self) -> None:
+        """Stop the control plane and all engines."""
+        await self.manager.stop()
+
+
+async def start_embedded(
+    model: str | None, embedding_model: str | None = None, changes: Mapping[str, Any] | None = None
+) -> House:
+    """Load the model(s) into this process and return the running house.
+
+    Raises:
+        SageError: a model is missing, damaged, or does not fit.
+    """
+    from sagellm_control_plane.manager import ControlPlaneManager
+
+    names = [model or store.DEFAULT_MODEL, *([embedding_model] if embedding_model else [])]
+    configs = [engine_config(name, changes) for name in names]
+    manager = ControlPlaneManager(mode="local", catalog=StoreCatalog(configs, changes))
+    await manager.start()
+    house = House(manager)
+    try:
+        for config in configs:
+            await _add_local(manager, config)
+    except BaseException:
+        await house.close()
+        raise
+    return house
+
+
+async def _add_local(manager: ControlPlaneManager, config: EngineConfig) -> None:
+    import asyncio
+
+    from sagellm_core.build import build_engine
+    from sagellm_core.local import LocalEngine
+
+    engine = LocalEngine(await asyncio.to_thread(build_engine, config))
+    description = await engine.describe()
+    await manager.add_engine(engine, load_text_side(config, description.context_length))
+
+
+def build_server(
+    configs: Sequence[EngineConfig], gateway: GatewayConfig, changes: Mapping[str, Any] | None = None, **policy: Any
+) -> House:
+    """Return a house whose engines will run in processes of their own; nothing is started yet."""
+    from sagellm_control_plane.live.process_driver import ProcessDriver
+    from sagellm_control_plane.manager import ControlPlaneManager
+
+    manager = ControlPlaneManager(
+        mode="local", driver=ProcessDriver(engine_argv), catalog=StoreCatalog(configs, changes), **policy
+    )
+    return House(manager, gateway)

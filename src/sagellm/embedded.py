@@ -1,0 +1,81 @@
+"""The client's way to an engine in its own process: the gateway's application is called directly, so that replies are the server's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+from sagellm import compose
+from sagellm.asgi import AsgiApp, AsgiResponse, open_response
+from sagellm.transport import error_of_reply, sse_chunks
+from sagellm_protocol.errors import InternalError
+
+__all__ = ["EmbeddedTransport"]
+
+
+class EmbeddedTransport:
+    """An engine, a control plane and the gateway's application in this process; no port is opened."""
+
+    def __init__(self, house: compose.House) -> None:
+        self._house = house
+        self._app: AsgiApp = house.app()
+
+    @classmethod
+    async def start(
+        cls, model: str | None, embedding_model: str | None = None, engine: Mapping[str, Any] | None = None
+    ) -> EmbeddedTransport:
+        """Load `model` (default: the store's default model) and return a transport to it.
+
+        Raises:
+            SageError: the model is missing, damaged, or does not fit.
+        """
+        return cls(await compose.start_embedded(model, embedding_model, engine or {}))
+
+    async def get(self, path: str) -> dict[str, Any]:
+        """Return the JSON at `path`."""
+        return await self._call("GET", path, b"")
+
+    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Send `body` and return the reply."""
+        return await self._call("POST", path, json.dumps(body).encode())
+
+    async def events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """Send `body` and yield the chunks of the reply."""
+        response = await open_response(self._app, "POST", _full(path), json.dumps(body).encode())
+        try:
+            if response.status >= 400:
+                raise _error(response, await _body(response))
+            async for chunk in sse_chunks(response.lines()):
+                yield chunk
+        finally:
+            await response.close()
+
+    async def _call(self, method: str, path: str, body: bytes) -> dict[str, Any]:
+        response = await open_response(self._app, method, _full(path), body)
+        try:
+            reply = await _body(response)
+        finally:
+            await response.close()
+        if response.status >= 400:
+            raise _error(response, reply)
+        value = json.loads(reply)
+        return value if isinstance(value, dict) else {"data": value}
+
+    async def close(self) -> None:
+        """End the engine."""
+        await self._house.close()
+
+
+def _full(path: str) -> str:
+    return path[1:] if path.startswith("//") else f"/v1{path}"
+
+
+async def _body(response: AsgiResponse) -> bytes:
+    return b"".join([chunk async for chunk in response.chunks()])
+
+
+def _error(response: AsgiResponse, body: bytes) -> Exception:
+    if not response.status:
+        return InternalError("the application answered nothing")
+    return error_of_reply(response.status, body, response.headers.get("retry-after", ""))

@@ -1,0 +1,109 @@
+"""Streams of deltas: taking a broken one up again, and iterating without asyncio."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any
+
+from sagellm.results import Delta
+from sagellm.transport import Transport
+from sagellm_protocol.errors import UnavailableError
+
+__all__ = ["DeltaStream", "resuming_stream"]
+
+_MAX_REPLAYS = 2
+
+
+async def resuming_stream(transport: Transport, path: str, body: dict[str, Any]) -> AsyncGenerator[Delta, None]:
+    """Yield deltas; a stream that breaks in the middle is taken up again where it stood.
+
+    The same seed gives the same tokens, so the request is sent again and what was already seen is skipped. Where the replay
+    says something else (another server that ignores seeds), or where more than one choice or a tool call is under way, the
+    break is reported instead.
+    """
+    body = {**body, "stream": True}
+    if body.get("n", 1) == 1 and body.get("temperature") != 0 and "seed" not in body:
+        body["seed"] = random.getrandbits(31)
+    seen, replays = "", 0
+    resumable = body.get("n", 1) == 1
+    started = time.perf_counter()
+    while True:
+        skip = seen
+        try:
+            async for chunk in transport.events(path, body):
+                delta = Delta(chunk, latency_ms=(time.perf_counter() - started) * 1000)
+                resumable = resumable and not delta.tool_calls
+                if skip:
+                    new, skip = _without_prefix(delta, skip)
+                    if new is None:
+                        continue
+                    delta = new
+                seen += delta.text
+                yield delta
+        except UnavailableError:
+            replays += 1
+            if not (seen and resumable) or replays > _MAX_REPLAYS:
+                raise
+        else:
+            return
+
+
+def _without_prefix(delta: Delta, skip: str) -> tuple[Delta | None, str]:
+    """Return what `delta` adds beyond `skip`, and what of `skip` is still to come."""
+    text = delta.text
+    if skip.startswith(text) and not delta.finish_reason:
+        return None, skip[len(text) :]
+    if not text.startswith(skip):
+        raise UnavailableError("the stream broke, and its replay says something else: send the request again")
+    chunk = dict(delta)
+    choice = dict(chunk["choices"][0])
+    if "delta" in choice:
+        choice["delta"] = {**choice["delta"], "content": text[len(skip) :]}
+    else:
+        choice["text"] = text[len(skip) :]
+    chunk["choices"] = [choice, *chunk["choices"][1:]]
+    return Delta(chunk, latency_ms=delta.latency_ms), ""
+
+
+class DeltaStream(Iterator[Delta]):
+    """A stream for code without asyncio: iterate over it; leaving the ``with`` block or `close` aborts the request."""
+
+    def __init__(self, deltas: AsyncIterator[Delta], call: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+        self._deltas = deltas
+        self._call = call
+        self._closed = False
+
+    def __iter__(self) -> DeltaStream:
+        return self
+
+    def __next__(self) -> Delta:
+        if self._closed:
+            raise StopIteration
+        try:
+            delta = self._call(self._next())
+        except BaseException:
+            self.close()
+            raise
+        if delta is None:
+            self._closed = True
+            raise StopIteration
+        assert isinstance(delta, Delta)
+        return delta
+
+    async def _next(self) -> Delta | None:
+        return await anext(self._deltas, None)
+
+    def close(self) -> None:
+        """Abort the request if it has not ended. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            if isinstance(self._deltas, AsyncGenerator):
+                self._call(self._deltas.aclose())
+
+    def __enter__(self) -> DeltaStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
