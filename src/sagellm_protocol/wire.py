@@ -18,6 +18,7 @@ import msgspec
 
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
 from sagellm_protocol.errors import Error, InvalidArgumentError, UnsupportedError
+from sagellm_protocol.prefix import BlockEvent
 
 __all__ = [
     "HELLO_BYTES",
@@ -26,6 +27,7 @@ __all__ = [
     "WIRE_VERSION",
     "Abort",
     "AbortParams",
+    "BlockEventsParams",
     "Call",
     "Deltas",
     "DrainParams",
@@ -78,15 +80,20 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
-    """Run a sequence; its tokens come in `Deltas`, a refusal in `Failure`."""
+    """Run a sequence; its tokens come in `Deltas`, a refusal in `Failure`.
 
+    `stream` is the client's own number, never used twice on a connection: what is still under way for an aborted stream cannot be taken
+    for a later stream's, even if that has the same request id.
+    """
+
+    stream: int
     request: EngineRequest
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
-    """Drop a sequence of this connection; there is no answer and nothing more comes for it."""
+    """Drop a stream of this connection; there is no answer, and what still comes for it is to be ignored."""
 
-    request_id: str
+    stream: int
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True, tag="call"):
@@ -98,9 +105,9 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, tag="call"):
 
 
 class Deltas(msgspec.Struct, frozen=True, kw_only=True, tag="deltas"):
-    """What the sequences of this connection gained."""
+    """What the streams of this connection gained, with their numbers."""
 
-    deltas: tuple[TokenDelta, ...]
+    deltas: tuple[tuple[int, TokenDelta], ...]
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply", omit_defaults=True):
@@ -118,10 +125,10 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure", omit_defaults=True):
-    """A sequence failed; without a `request_id`, the connection did, and it ends."""
+    """A stream failed; without a number, the connection did, and it ends."""
 
     error: Error
-    request_id: str | None = None
+    stream: int | None = None
 
 
 class Goodbye(msgspec.Struct, frozen=True, kw_only=True, tag="goodbye"):
@@ -150,6 +157,12 @@ class DrainParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     timeout_s: float
 
 
+class BlockEventsParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of ``block_events``: the changes of the prefix cache with `seq` above `after`."""
+
+    after: int
+
+
 class Method(msgspec.Struct, frozen=True):
     """What a call takes and gives."""
 
@@ -162,6 +175,7 @@ METHODS: dict[str, Method] = {
     "status": Method(NoParams, EngineStatus),
     "abort": Method(AbortParams, bool),
     "drain": Method(DrainParams, None),
+    "block_events": Method(BlockEventsParams, tuple[BlockEvent, ...]),
 }
 """Every method by name."""
 

@@ -45,17 +45,17 @@ def test_http_is_refused():
 
 TO_ENGINE = [
     wire.Hello(token="t", engine_id="e"),
-    wire.Submit(request=REQUEST),
-    wire.Abort(request_id="r"),
+    wire.Submit(stream=1, request=REQUEST),
+    wire.Abort(stream=1),
     wire.call(7, "abort", wire.AbortParams(request_id="r")),
     wire.Goodbye(reason="done"),
 ]
 FROM_ENGINE = [
-    wire.Deltas(deltas=(TokenDelta(request_id="r", token_ids=(5,), finish_reason="stop"),)),
+    wire.Deltas(deltas=((1, TokenDelta(request_id="r", token_ids=(5,), finish_reason="stop")),)),
     wire.reply(7, True),
     wire.Reply(call_id=1, error=Error(code=ErrorCode.INTERNAL, message="m")),
     wire.Heartbeat(status=EngineStatus(engine_id="e", steps=4)),
-    wire.Failure(error=Error(code=ErrorCode.UNAVAILABLE, message="m"), request_id="r"),
+    wire.Failure(error=Error(code=ErrorCode.UNAVAILABLE, message="m"), stream=1),
     wire.Goodbye(reason="done"),
 ]
 
@@ -103,7 +103,11 @@ def test_flipped_bytes_never_escape_the_tree(data):
 def test_ranges_are_checked_on_the_wire():
     """A temperature out of range does not cross the wire."""
     payload = msgspec.msgpack.encode(
-        {"type": "submit", "request": {"request_id": "r", "prompt_token_ids": [1], "sampling": {"temperature": 9}}}
+        {
+            "type": "submit",
+            "stream": 1,
+            "request": {"request_id": "r", "prompt_token_ids": [1], "sampling": {"temperature": 9}},
+        }
     )
     with pytest.raises(InvalidArgumentError, match="temperature is 9"):
         wire.decode_to_engine(payload)
