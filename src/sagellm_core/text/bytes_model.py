@@ -1,0 +1,54 @@
+"""The text side of the mock: a vocabulary of 256 bytes and four control tokens, with a ChatML-like template."""
+
+from __future__ import annotations
+
+from sagellm_core.text.builtin_templates import CHATML
+from sagellm_core.text.chat_model import TextChatModel
+from sagellm_core.text.specials import SpecialToken
+from sagellm_core.text.tokenizer import TextTokenizer, TokenizerInfo
+
+__all__ = ["BOS", "EOS", "IM_END", "IM_START", "VOCAB_SIZE", "ByteChatModel"]
+
+BOS, EOS, IM_START, IM_END = range(256, 260)
+VOCAB_SIZE = 260
+
+_INFO = TokenizerInfo(
+    kind="raw",
+    vocab_size=VOCAB_SIZE,
+    specials=(
+        SpecialToken(BOS, "<|bos|>"),
+        SpecialToken(EOS, "<|eos|>"),
+        SpecialToken(IM_START, "<|im_start|>"),
+        SpecialToken(IM_END, "<|im_end|>"),
+    ),
+    prefix_ids=(BOS,),
+    eos_token_ids=(EOS, IM_END),
+    bos_token="<|bos|>",  # noqa: S106 - a token of a vocabulary
+    eos_token="<|eos|>",  # noqa: S106
+    chat_template="{{ bos_token }}" + CHATML,
+    family="bytes",
+)
+
+
+class _ByteEncoder:
+    """Text -> its UTF-8 bytes."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8", "surrogatepass"))
+
+    def token(self, token_id: int) -> str | None:
+        return chr(token_id) if token_id < 128 else None
+
+
+class _ByteTokenizer(TextTokenizer):
+    """Ids below 256 spell themselves."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if 0 <= token_id < 256 else super().token_bytes(token_id)
+
+
+class ByteChatModel(TextChatModel):
+    """`ChatModel` of the simulated device: real templating, real incremental UTF-8, no file needed."""
+
+    def __init__(self, model_id: str, context_length: int) -> None:
+        super().__init__(model_id, _ByteTokenizer(_INFO, _ByteEncoder()), context_length)

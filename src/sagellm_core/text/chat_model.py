@@ -1,0 +1,194 @@
+"""The text side of a model: the `ChatModel` port over a tokenizer and a chat template. Holds no weights."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from sagellm_core.text.builtin_templates import builtin_template
+from sagellm_core.text.decoder import ChoiceDecoder, spell_logprobs
+from sagellm_core.text.tokenizer import TextTokenizer
+from sagellm_protocol.engine import EngineRequest
+from sagellm_protocol.errors import ContextLengthError, InvalidArgumentError, UnsupportedError
+from sagellm_protocol.generation import GenerationRequest, TokenLogprob
+from sagellm_protocol.ports import TextDecoder
+from sagellm_protocol.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from sagellm_core.text.template import ChatTemplate
+
+__all__ = ["Prepared", "TextChatModel", "derived_seed"]
+
+MAX_CHOICES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request after templating and tokenisation (`PreparedRequest`)."""
+
+    source: GenerationRequest
+    engine_requests: tuple[EngineRequest, ...]
+
+
+@dataclass(slots=True)
+class TextChatModel:
+    """A `ChatModel`.
+
+    Attributes:
+        model_id: name it is served under.
+        tokenizer: text <-> ids.
+        context_length: tokens, prompt and output together.
+    """
+
+    model_id: str
+    tokenizer: TextTokenizer
+    context_length: int
+    _templates: dict[bool, ChatTemplate] = field(default_factory=dict, repr=False)
+
+    def prepare(self, request: GenerationRequest) -> Prepared:
+        """Template, tokenise and check `request`.
+
+        Raises:
+            InvalidArgumentError: empty messages, a parameter out of range, a token id out of the vocabulary.
+            ContextLengthError: prompt (+ max_tokens where given) does not fit; the message has both numbers.
+            UnsupportedError: something that this model cannot do, by name.
+        """
+        if not 1 <= request.n <= MAX_CHOICES:
+            raise InvalidArgumentError(f"n is {request.n}: it must lie in [1, {MAX_CHOICES}]", param="n")
+        prompt, param = self._prompt_ids(request)
+        sampling = self._resolved(request.sampling, len(prompt), param)
+        bad = tuple(ids for word in sampling.bad_words for ids in self._bad_word(word))
+        requests = tuple(
+            EngineRequest(
+                request_id=request.request_id if request.n == 1 else f"{request.request_id}/{choice}",
+                prompt_token_ids=prompt,
+                sampling=msgspec.structs.replace(sampling, seed=derived_seed(sampling.seed or 0, choice)),
+                trace_id=request.trace_id,
+                eos_token_ids=self.tokenizer.info.eos_token_ids,
+                bad_token_ids=bad,
+                priority=request.priority,
+                deadline_s=request.deadline_s,
+                cache_salt=request.tenant,
+                adapter=request.adapter,
+                source=request,
+            )
+            for choice in range(request.n)
+        )
+        return Prepared(request, requests)
+
+    def decoder(self, prepared: Prepared, index: int) -> TextDecoder:
+        """Return a fresh decoder for choice `index`."""
+        sampling = prepared.source.sampling
+        return ChoiceDecoder(
+            self.tokenizer.token_bytes,
+            index=index,
+            stops=sampling.stop,
+            hidden=self.tokenizer.specials.ids,
+            min_tokens=sampling.min_tokens,
+        )
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
+        """Text -> ids. Special tokens written in `text` stay text unless `parse_special`."""
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, parse_special=parse_special)
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Ids -> text."""
+        self._check_ids(token_ids, "token_ids")
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def spell_logprobs(self, entries: Sequence[TokenLogprob | None]) -> tuple[TokenLogprob | None, ...]:
+        """Return a prompt's logprobs with each token's text and bytes filled in."""
+        return spell_logprobs(entries, self.tokenizer.token_bytes)
+
+    def _prompt_ids(self, request: GenerationRequest) -> tuple[tuple[int, ...], str]:
+        if (request.messages is None) == (request.prompt is None):
+            raise InvalidArgumentError("exactly one of messages and prompt is needed", param="messages")
+        if request.messages is not None:
+            return tuple(self._template_ids(request)), "messages"
+        if isinstance(request.prompt, str):
+            # A raw prompt is its author's own template: control tokens in it are meant.
+            ids = self.tokenizer.encode(request.prompt, parse_special=True)
+        else:
+            ids = list(request.prompt or ())
+            self._check_ids(ids, "prompt")
+        if not ids:
+            raise InvalidArgumentError("the prompt is empty: pass at least one token", param="prompt")
+        return tuple(ids), "prompt"
+
+    def _template_ids(self, request: GenerationRequest) -> list[int]:
+        if not request.messages:
+            raise InvalidArgumentError("messages is empty: pass at least one message", param="messages")
+        template = self._template(bool(request.tools))
+        if request.tools and not template.knows_tools:
+            raise UnsupportedError(f"the chat template of {self.model_id} knows no tools: pass none", param="tools")
+        pieces = template.render(
+            request.messages,
+            request.tools,
+            reasoning=request.reasoning,
+            parallel_tool_calls=request.parallel_tool_calls,
+        )
+        ids = self.tokenizer.encode_pieces(pieces)
+        if not ids:
+            raise InvalidArgumentError("the chat template makes nothing of these messages", param="messages")
+        return ids
+
+    def _template(self, tools: bool) -> ChatTemplate:
+        info = self.tokenizer.info
+        tools = tools and info.tool_template is not None
+        if tools not in self._templates:
+            source = info.tool_template if tools else info.chat_template
+            source = source or builtin_template(self.tokenizer.specials, info.family)
+            if source is None:
+                raise UnsupportedError(
+                    f"{self.model_id} has no chat template: use completions with a prompt of your own", param="messages"
+                )
+            from sagellm_core.text.template import ChatTemplate
+
+            names = {name: getattr(info, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+            self._templates[tools] = ChatTemplate(source, self.tokenizer.specials, names)
+        return self._templates[tools]
+
+    def _resolved(self, sampling: SamplingParams, prompt: int, param: str) -> SamplingParams:
+        """Fill in seed and max_tokens, check token ids and the context."""
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            self._check_ids(list(getattr(sampling, name) or ()), name)
+        room = self.context_length - prompt
+        wanted = sampling.max_tokens
+        if room < 1 or (wanted is not None and wanted > room):
+            output = f" and {wanted} for the output" if wanted is not None and room >= 1 else ""
+            cure = "shorten the prompt" if room < 1 else f"lower max_tokens to {room} or shorten the prompt"
+            raise ContextLengthError(
+                f"the prompt has {prompt} tokens{output}, the context of {self.model_id} has {self.context_length}: {cure}",
+                param=param if room < 1 else "max_tokens",
+            )
+        seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
+        return msgspec.structs.replace(sampling, seed=seed, max_tokens=wanted if wanted is not None else room)
+
+    def _check_ids(self, ids: Sequence[int], param: str) -> None:
+        size = self.tokenizer.vocab_size
+        wrong = next((token for token in ids if not 0 <= token < size), None)
+        if wrong is not None:
+            raise InvalidArgumentError(f"token id {wrong} is outside of the vocabulary of {size}", param=param)
+
+    def _bad_word(self, word: str) -> list[tuple[int, ...]]:
+        """Token sequences that spell `word`, at the start of a text and after a space."""
+        spellings = dict.fromkeys(
+            tuple(self.tokenizer.encode_pieces([0, form])[1:]) for form in (word, f" {word.lstrip()}")
+        )
+        return [ids for ids in spellings if ids]
+
+
+def derived_seed(seed: int, choice: int) -> int:
+    """Return the seed of a choice: `seed` itself for the first, then well-mixed ones (splitmix64, Steele et al., 2014)."""
+    if choice == 0:
+        return seed
+    mask = (1 << 64) - 1
+    z = (seed + choice * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    z ^= z >> 31
+    return z - (1 << 64) if z >> 63 else z

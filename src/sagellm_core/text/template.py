@@ -1,0 +1,203 @@
+"""Chat templates: Jinja from a model file, which is untrusted code, in an immutable sandbox; user text stays user text."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from sagellm_core.text.specials import Guard, SpecialTokens
+from sagellm_protocol.errors import InvalidArgumentError, ModelFileError
+from sagellm_protocol.generation import ChatMessage, FunctionSpec
+
+__all__ = ["ChatTemplate"]
+
+_MAX_REPEAT = 100_000
+
+
+class ChatTemplate:
+    """One compiled template. Rendering has no effect on it; safe to use from threads."""
+
+    def __init__(self, source: str, specials: SpecialTokens, names: dict[str, str]) -> None:
+        """Compile.
+
+        Args:
+            source: Jinja text.
+            specials: control tokens, which only the template itself may use.
+            names: ``bos_token`` and its like, as variables.
+
+        Raises:
+            ModelFileError: `source` is no valid template.
+        """
+        self.source, self._specials, self._names = source, specials, names
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateError as error:
+            raise ModelFileError(f"the model's chat template is malformed ({error}): pass another one") from error
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the template says anything about tools."""
+        return "tools" in self.source
+
+    @property
+    def has_thinking_switch(self) -> bool:
+        """Whether the template can be told to think or not."""
+        return "enable_thinking" in self.source or "thinking" in self.source
+
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[FunctionSpec] = (),
+        *,
+        reasoning: bool | None = None,
+        parallel_tool_calls: bool = True,
+    ) -> list[str | int]:
+        """Return pieces of plain text and ids of the template's special tokens.
+
+        Raises:
+            InvalidArgumentError: the template refuses these messages; the message says why.
+        """
+        plain = [self._message(message) for message in messages]
+        tool_list = [_tool(tool) for tool in tools]
+        guard = Guard(self._specials, _strings([plain, tool_list]))
+        values: dict[str, Any] = {
+            "messages": [self._protected(guard, message) for message in plain],
+            "tools": guard.protect_all(tool_list) or None,
+            "add_generation_prompt": True,
+            "parallel_tool_calls": parallel_tool_calls,
+            "documents": None,
+            **self._names,
+        }
+        if reasoning is not None:
+            values |= {"enable_thinking": reasoning, "thinking": reasoning}
+        try:
+            rendered = self._template.render(values)
+        except InvalidArgumentError:
+            raise
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            raise InvalidArgumentError(
+                f"the chat template refuses these messages: {error}", param="messages"
+            ) from error
+        except RecursionError as error:
+            raise InvalidArgumentError("the chat template recurses without end", param="messages") from error
+        return list(guard.split(rendered))
+
+    def _message(self, message: ChatMessage) -> dict[str, Any]:
+        role: str = message.role
+        if role == "developer" and "developer" not in self.source:
+            role = "system"
+        out: dict[str, Any] = {"role": role, "content": message.content or ""}
+        if message.name is not None:
+            out["name"] = message.name
+        if message.tool_calls:
+            out["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+                }
+                for call in message.tool_calls
+            ]
+        if message.tool_call_id is not None:
+            out["tool_call_id"] = message.tool_call_id
+        if message.reasoning is not None:
+            out |= {"reasoning_content": message.reasoning, "thinking": message.reasoning}
+        return out
+
+    @staticmethod
+    def _protected(guard: Guard, message: dict[str, Any]) -> dict[str, Any]:
+        return {key: value if key == "role" else guard.protect_all(value) for key, value in message.items()}
+
+
+def _tool(tool: FunctionSpec) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description is not None:
+        function["description"] = tool.description
+    function["parameters"] = tool.parameters or {"type": "object", "properties": {}}
+    return {"type": "function", "function": function}
+
+
+def _arguments(text: str) -> Any:
+    """Arguments as data where they are an object: most templates write them with `tojson`."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, dict) else text
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """No attribute of Python's own, no mutation, and no repetition that fills the memory."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Refuse ``'x' * 10**9`` and ``9**9**9``."""
+        for value, other in ((left, right), (right, left)):
+            sized = isinstance(value, str | list | tuple) and isinstance(other, int)
+            if sized and len(value) * other > _MAX_REPEAT:
+                raise jinja2.TemplateRuntimeError(f"a repetition of {len(value)} × {other} elements is refused")
+        if operator == "**" and not (isinstance(right, int | float) and abs(right) <= 64):
+            raise jinja2.TemplateRuntimeError(f"a power with the exponent {right!r} is refused")
+        return super().call_binop(context, operator, left, right)
+
+
+class _Generation(Extension):
+    """``{% generation %}…{% endgeneration %}`` marks the assistant's part for training; here it is transparent."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares a set
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        """Return the body alone."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise InvalidArgumentError(f"the chat template refuses these messages: {message}", param="messages")
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().astimezone().strftime(form)
+
+
+_ENVIRONMENT: list[jinja2.Environment] = []
+
+
+def _environment() -> jinja2.Environment:
+    if not _ENVIRONMENT:
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        _ENVIRONMENT.append(environment)
+    return _ENVIRONMENT[0]
