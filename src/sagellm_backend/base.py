@@ -97,7 +97,8 @@ class StepBatch:
         lengths: int32[sequences], rows of each sequence; they sum to `rows`.
         block_tables: int32[sequences, width], block b of a sequence holds positions 16·b … 16·b + 15; unused entries are -1.
         logit_rows: int32[n], ascending flat indices of the rows whose next token is wanted.
-        sampling: n entries, one for each of `logit_rows`.
+        sampling: n entries, one for each of `logit_rows`; none at all with `want_hidden` alone, and then no logits are
+            computed and `logit_rows` may be as many as the rows (embeddings).
         want_logits: also return the raw logits (tests, scoring).
         want_hidden: also return the final-norm hidden state of each of `logit_rows` (embeddings).
     """
