@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
@@ -25,6 +25,12 @@ class CountingEngine:
         self.aborted: list[str] = []
         self.closed = False
         self.changed = asyncio.Event()
+
+    async def until(self, condition: Callable[[CountingEngine], bool]) -> None:
+        """Wait until `condition` holds, looking again whenever a sequence comes or goes."""
+        while not condition(self):
+            self.changed.clear()
+            await self.changed.wait()
 
     async def describe(self) -> EngineDescription:
         return EngineDescription(
@@ -48,10 +54,11 @@ class CountingEngine:
         if request.request_id in self.running:
             raise AssertionError(f"{request.request_id} is running")
         self.running.add(request.request_id)
+        self.changed.set()
         finished = False
         try:
             if last == 3:
-                time.sleep(3600)
+                time.sleep(3600)  # noqa: ASYNC251 (that is the point)
             if last == 4:
                 await asyncio.Event().wait()
             total = request.sampling.max_tokens or 16

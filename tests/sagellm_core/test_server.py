@@ -127,10 +127,9 @@ async def test_dropped_connection_aborts_its_streams(tmp_path):
         one, other = await served.peer(), await served.peer()
         one.send(wire.Submit(stream=1, request=request(4, request_id="mine")))
         other.send(wire.Submit(stream=1, request=request(4, request_id="theirs")))
-        while served.engine.running != {"mine", "theirs"}:
-            await asyncio.sleep(0.001)
+        await served.engine.until(lambda e: e.running == {"mine", "theirs"})
         one.writer.transport.abort()
-        await served.engine.changed.wait()
+        await served.engine.until(lambda e: e.aborted)
         assert served.engine.aborted == ["mine"]
         assert served.engine.running == {"theirs"}
 
@@ -140,8 +139,7 @@ async def test_abort_and_resubmit_under_the_same_id(tmp_path):
     async with serving(tmp_path) as served:
         peer = await served.peer()
         peer.send(wire.Submit(stream=1, request=request(4)))
-        while not served.engine.running:
-            await asyncio.sleep(0.001)
+        await served.engine.until(lambda e: e.running)
         peer.send(wire.Abort(stream=1), wire.Submit(stream=2, request=request()))
         assert await peer.tokens(2) == [101, 102, 103, 104, 105]
         assert served.engine.aborted == ["r"]
@@ -241,8 +239,7 @@ async def test_drain_has_an_end(tmp_path):
     async with serving(tmp_path, grace_s=0.05) as served:
         peer = await served.peer()
         peer.send(wire.Submit(stream=1, request=request(4)))
-        while not served.engine.running:
-            await asyncio.sleep(0.001)
+        await served.engine.until(lambda e: e.running)
         served.server.stop()
         failure = await peer.receive()
         assert failure.stream == 1
@@ -282,12 +279,11 @@ async def test_garbage_after_hello(tmp_path):
     async with serving(tmp_path) as served:
         peer = await served.peer()
         peer.send(wire.Submit(stream=1, request=request(4)))
-        while not served.engine.running:
-            await asyncio.sleep(0.001)
+        await served.engine.until(lambda e: e.running)
         peer.send(b"\x00\x00\x00\x02\xc1\xc1")
         failure = await peer.receive()
         assert failure.stream is None
-        await served.engine.changed.wait()
+        await served.engine.until(lambda e: e.aborted)
         assert served.engine.aborted == ["r"]
 
 
@@ -308,7 +304,7 @@ async def test_client_that_does_not_read(tmp_path, monkeypatch):
         peer.writer.transport.pause_reading()
         monkeypatch.setattr(served.engine, "step_s", 0)
         peer.send(wire.Submit(stream=1, request=request(max_tokens=1_000_000)))
-        await served.engine.changed.wait()
+        await served.engine.until(lambda e: e.aborted)
         assert served.engine.aborted == ["r"]
         peer.writer.transport.abort()
 
