@@ -1,0 +1,281 @@
+"""A simulated device: KV blocks that hold token ids, a latency model, and text that depends on every cached token.
+
+Nothing is faked around it: rows are written to blocks, and the next token is a pure function of the tokens that are read back
+through the block table. A wrong block, a missed copy or a stale prefix changes the output, as it would with a real model.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from sagellm_backend.base import BLOCK_SIZE, Capability, LoadOptions, MemoryInfo, StepBatch, StepResult
+from sagellm_backend.checks import check_batch
+from sagellm_backend.host import host_memory
+from sagellm_backend.sampling import sample_rows
+from sagellm_backend.spec import DecoderSpec, RopeSpec
+from sagellm_backend.tensors import Weights
+from sagellm_protocol.errors import UnsupportedError
+
+__all__ = ["BYTE_VOCAB", "Latency", "MockBackend", "MockRunner", "NextToken", "WordSalad", "mock_spec"]
+
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+
+BYTE_VOCAB = 260
+"""256 bytes, then bos, eos, im_start, im_end."""
+EOS, IM_START, IM_END = 257, 258, 259
+
+_FAVOUR = 14.0
+"""Logit of the favourite; the one after it has 1 less, and so on; all others lie in [-2, 2]."""
+
+_VOCABULARY = (
+    "the a one each some light stone river window answer morning garden number letter engine silver paper circle market "
+    "winter summer forest signal harbour teacher question pattern village mountain library journey engineer carries finds "
+    "keeps opens follows turns holds gives shows builds reads writes counts moves rests quietly slowly often never gladly "
+    "under over beside between around through small bright early quiet wide narrow green heavy simple careful open"
+)
+_WORDS = tuple(_VOCABULARY.split())
+
+
+def mock_spec(context_length: int = 8192) -> DecoderSpec:
+    """Return the spec of the mock model: the byte vocabulary, and sizes that matter to nobody."""
+    return DecoderSpec(
+        architecture="mock",
+        n_layers=1,
+        d_model=32,
+        n_heads=1,
+        n_kv_heads=1,
+        head_dim=32,
+        d_ff=32,
+        vocab_size=BYTE_VOCAB,
+        context_length=context_length,
+        norm_eps=1e-5,
+        rope=RopeSpec(theta=10000.0, dim=32),
+        attention_scale=1.0,
+        tied_head=True,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """What a step costs, in seconds: `base` + `prefill_row` for each row of a chunk + `sequence` for each sequence."""
+
+    base: float = 0.0
+    prefill_row: float = 0.0
+    sequence: float = 0.0
+
+    def of(self, lengths: Int32) -> float:
+        """Return the seconds of a step with so many rows for each sequence."""
+        chunks = int(lengths[lengths > 1].sum())
+        return self.base + self.prefill_row * chunks + self.sequence * lengths.size
+
+
+class NextToken(Protocol):
+    """What the simulated model would say next: a pure function of the tokens so far."""
+
+    def __call__(self, tokens: Int32, n_output: int, /) -> Sequence[int]:
+        """Return the most likely ids after `tokens`, best first; `n_output` of `tokens` were drawn, the rest is prompt."""
+        ...
+
+
+class WordSalad:
+    """Sentences of common words: each word is picked by a checksum of all tokens before it.
+
+    For the byte vocabulary only; with any other the checksum picks the id itself.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+
+    def __call__(self, tokens: Int32, n_output: int, /) -> Sequence[int]:
+        """Return the next byte of a word, a space, a full stop, or the end after some sentences."""
+        if self._vocab_size != BYTE_VOCAB:
+            return (zlib.crc32(tokens.tobytes()) % self._vocab_size,)
+        text = tokens[-32:]
+        breaks = np.flatnonzero((text <= 32) | (text > 255))
+        fragment = text[breaks[-1] + 1 :] if breaks.size else text
+        before = zlib.crc32(tokens[: tokens.size - fragment.size].tobytes())
+        spelled = bytes(fragment.astype(np.uint8))
+        if not spelled:
+            picks = (_WORDS[(before >> shift) % len(_WORDS)][0] for shift in (0, 7, 14, 21))
+            return tuple(dict.fromkeys(map(ord, picks)))
+        if spelled.endswith(b".") and before % 3 == 0 and n_output:
+            return (IM_END if IM_START in tokens else EOS,)
+        return (_spell(spelled.decode("latin-1"), before),)
+
+
+def _spell(spelled: str, before: int) -> int:
+    """Return the byte that goes on with a word that begins with `spelled`."""
+    likely = _WORDS[before % len(_WORDS)]
+    words = [likely] if likely.startswith(spelled) else [word for word in _WORDS if word.startswith(spelled)]
+    word = words[before % len(words)] if words else spelled
+    if word != spelled:
+        return ord(word[len(spelled)])
+    return ord(".") if (before >> 8) % 7 == 0 and not spelled.endswith(".") else ord(" ")
+
+
+class MockRunner:
+    """A model on the simulated device."""
+
+    def __init__(self, spec: DecoderSpec, options: LoadOptions, latency: Latency, next_token: NextToken) -> None:
+        self._spec = spec
+        self._options = options
+        self._latency = latency
+        self._next_token = next_token
+        self._kv = MockKV(options.n_blocks)
+        self._noise = np.random.default_rng(0).uniform(-2.0, 2.0, 8192).astype(np.float32)
+        self._ids = np.arange(spec.vocab_size)
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """What it pretends to execute."""
+        return self._spec
+
+    @property
+    def kv(self) -> MockKV:
+        """Its KV cache."""
+        return self._kv
+
+    @property
+    def weight_bytes(self) -> int:
+        """0: there are none."""
+        return 0
+
+    def step(self, batch: StepBatch) -> StepResult:
+        """Write the rows' ids to their blocks, then draw from logits that depend on what the blocks hold."""
+        check_batch(batch, self._spec, self._options)
+        delay = self._latency.of(batch.lengths)
+        if delay > 0.0:
+            time.sleep(delay)
+        positions = batch.positions
+        owners = np.repeat(np.arange(batch.lengths.size), batch.lengths)
+        self._kv.write(batch.block_tables[owners, positions // BLOCK_SIZE], positions % BLOCK_SIZE, batch.token_ids)
+        seen = [
+            self._kv.read(batch.block_tables[owners[row]], int(positions[row]) + 1) for row in batch.logit_rows.tolist()
+        ]
+        logits = np.empty((len(seen), self._spec.vocab_size), np.float32)
+        for index, tokens in enumerate(seen):
+            how = batch.sampling[index] if batch.sampling else None
+            self._fill_logits(logits[index], tokens, how.position if how is not None and how.target < 0 else 1)
+        ids, logprobs, top_ids, top_logprobs = sample_rows(logits, batch.sampling)
+        return StepResult(
+            token_ids=ids,
+            logprobs=logprobs,
+            top_ids=top_ids,
+            top_logprobs=top_logprobs,
+            logits=logits if batch.want_logits else None,
+            hidden=self._hidden(seen) if batch.want_hidden else None,
+        )
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _fill_logits(self, out: Float32, tokens: Int32, n_output: int) -> None:
+        digest = zlib.crc32(tokens.tobytes())
+        out[:] = self._noise[(self._ids * 2654435761 + digest) % self._noise.size]
+        for rank, token_id in enumerate(self._next_token(tokens, n_output)):
+            out[token_id] = _FAVOUR - rank
+
+    def _hidden(self, seen: Sequence[Int32]) -> Float32:
+        rows = [
+            np.random.default_rng(zlib.crc32(tokens.tobytes())).standard_normal(self._spec.d_model) for tokens in seen
+        ]
+        return np.array(rows, np.float32).reshape(len(seen), self._spec.d_model)
+
+
+class MockKV:
+    """Blocks of token ids."""
+
+    def __init__(self, n_blocks: int) -> None:
+        self._ids = np.full((n_blocks, BLOCK_SIZE), -1, np.int32)
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks that it holds."""
+        return int(self._ids.shape[0])
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        return BLOCK_SIZE * 4
+
+    def write(self, blocks: Int32, slots: Int32, ids: Int32) -> None:
+        """Put `ids` into slots of blocks."""
+        self._ids[blocks, slots] = ids
+
+    def read(self, table: Int32, n_tokens: int) -> Int32:
+        """Return the first `n_tokens` ids of a block table."""
+        return self._ids[table[: -(-n_tokens // BLOCK_SIZE)]].reshape(-1)[:n_tokens]
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, in order."""
+        for source, destination in pairs:
+            self._ids[destination] = self._ids[source]
+
+    def export_blocks(self, blocks: Sequence[int]) -> bytes:
+        """Return the blocks' content."""
+        return self._ids[list(blocks)].tobytes()
+
+    def import_blocks(self, blocks: Sequence[int], data: bytes | memoryview) -> None:
+        """Fill blocks with exported content.
+
+        Raises:
+            ValueError: the length is wrong.
+        """
+        if len(data) != len(blocks) * self.block_bytes:
+            raise ValueError(f"{len(blocks)} blocks have {len(blocks) * self.block_bytes} bytes, got {len(data)}")
+        self._ids[list(blocks)] = np.frombuffer(data, np.int32).reshape(len(blocks), BLOCK_SIZE)
+
+
+class MockBackend:
+    """The simulated device.
+
+    Args:
+        latency: what a step costs; nothing by default.
+        next_token: what the model says; `WordSalad` by default.
+    """
+
+    def __init__(self, latency: Latency | None = None, next_token: NextToken | None = None) -> None:
+        self._latency = latency or Latency()
+        self._next_token = next_token
+
+    @property
+    def name(self) -> str:
+        """``mock``."""
+        return "mock"
+
+    def available(self) -> str | None:
+        """None: it runs everywhere."""
+        return None
+
+    def capability(self) -> Capability:
+        """Return what it pretends to do."""
+        return Capability(device="mock", formats=("auto",), kv_dtypes=("auto",), batch_invariant=True)
+
+    def memory(self) -> MemoryInfo:
+        """Return the host's memory."""
+        return host_memory()
+
+    def kv_block_bytes(self, spec: DecoderSpec, kv_dtype: str) -> int:
+        """Return the bytes of one block of ids."""
+        del spec, kv_dtype
+        return BLOCK_SIZE * 4
+
+    def load(self, spec: DecoderSpec, weights: Weights, options: LoadOptions) -> MockRunner:
+        """Return a runner; weights are not looked at.
+
+        Raises:
+            UnsupportedError: a precision was asked for.
+        """
+        del weights
+        for name, value in (("quant", options.quant), ("kv_dtype", options.kv_dtype)):
+            if value != "auto":
+                raise UnsupportedError(f"the mock device has no precision {value!r}: leave {name} at auto", param=name)
+        return MockRunner(spec, options, self._latency, self._next_token or WordSalad(spec.vocab_size))

@@ -1,0 +1,137 @@
+"""From a schedule to the device's batch, and from the device's result back to draws and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sagellm_backend.base import RowSampling, StepBatch, StepResult
+from sagellm_core.request import SequenceState
+from sagellm_core.scheduler import Work
+from sagellm_protocol.generation import TokenLogprob
+from sagellm_protocol.sampling import SamplingParams
+
+__all__ = ["Draw", "build_batch", "read_result"]
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What one logit row gave; `scored` rows are of the prompt and draw nothing."""
+
+    token_id: int
+    logprob: TokenLogprob | None
+    scored: bool
+
+
+def build_batch(works: Sequence[Work]) -> StepBatch:
+    """Return the rows of `works`, one sequence after another: its tokens, then the guessed ones."""
+    token_ids: list[int] = []
+    logit_rows: list[int] = []
+    sampling: list[RowSampling] = []
+    for work in works:
+        masks = _masks(work)
+        first = len(token_ids)
+        token_ids += work.seq.tokens[work.start : work.start + work.n_rows]
+        token_ids += work.draft
+        for row, how in _rows(work, masks):
+            logit_rows.append(first + row)
+            sampling.append(how)
+    width = max(len(work.seq.blocks) for work in works)
+    tables = np.full((len(works), width), -1, np.int32)
+    for index, work in enumerate(works):
+        tables[index, : len(work.seq.blocks)] = work.seq.blocks
+    return StepBatch(
+        token_ids=np.array(token_ids, np.int32),
+        starts=np.array([work.start for work in works], np.int32),
+        lengths=np.array([work.n_rows + len(work.draft) for work in works], np.int32),
+        block_tables=tables,
+        logit_rows=np.array(logit_rows, np.int32),
+        sampling=sampling,
+    )
+
+
+def read_result(works: Sequence[Work], batch: StepBatch, result: StepResult) -> Iterator[tuple[Work, list[Draw]]]:
+    """Yield each work with what its logit rows gave, in order."""
+    ids, logprobs = result.token_ids.tolist(), result.logprobs.tolist()
+    cursor = 0
+    for work in works:
+        n = work.n_rows if work.scores else (1 + len(work.draft)) * work.draws
+        draws = []
+        for index in range(cursor, cursor + n):
+            how = batch.sampling[index]
+            logprob = _logprob(result, index, ids[index], logprobs[index], how.logprobs)
+            draws.append(Draw(ids[index], logprob, how.target >= 0))
+        cursor += n
+        yield work, draws
+
+
+def _rows(work: Work, masks: list[Any]) -> Iterator[tuple[int, RowSampling]]:
+    seq, params = work.seq, work.seq.sampling
+    if work.scores:
+        wanted = -1 if params.prompt_logprobs is None else params.prompt_logprobs
+        for row in range(work.n_rows - work.draws):
+            yield row, RowSampling(params, logprobs=wanted, target=seq.tokens[work.start + row + 1])
+    if work.draws:
+        for ahead in range(1 + len(work.draft)):
+            yield work.n_rows - 1 + ahead, _sampling(seq, work.draft[:ahead], masks[ahead])
+
+
+def _sampling(seq: SequenceState, ahead: list[int], mask: Any) -> RowSampling:
+    params = seq.sampling
+    needs_history = _penalised(params)
+    return RowSampling(
+        params,
+        seed=params.seed or 0,
+        position=seq.n_output + len(ahead),
+        history=[*seq.tokens, *ahead] if needs_history else (),
+        n_prompt=seq.n_prompt if needs_history else 0,
+        mask=mask,
+        banned=_banned(seq, ahead),
+        logprobs=-1 if params.logprobs is None else params.logprobs,
+    )
+
+
+def _penalised(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def _banned(seq: SequenceState, ahead: list[int]) -> tuple[int, ...]:
+    """Ids that must not come next: the end before min_tokens, the last token of a bad word."""
+    out: tuple[int, ...] = ()
+    if seq.n_output + len(ahead) < seq.sampling.min_tokens:
+        out = seq.request.eos_token_ids + seq.sampling.stop_token_ids
+    if seq.request.bad_token_ids:
+        tail = [*seq.tokens[seq.n_prompt :], *ahead]
+        out += tuple(bad[-1] for bad in seq.request.bad_token_ids if _ends_with(tail, bad[:-1]))
+    return out
+
+
+def _ends_with(tokens: list[int], tail: tuple[int, ...]) -> bool:
+    return not tail or tuple(tokens[-len(tail) :]) == tail
+
+
+def _masks(work: Work) -> list[Any]:
+    """Masks of the rows that draw; a draft that leaves the grammar is cut there."""
+    seq, constraint = work.seq, work.seq.constraint
+    if constraint is None or not work.draws:
+        return [None] * (1 + len(work.draft))
+    for token in seq.tokens[seq.n_prompt + seq.constrained :]:
+        constraint.accept(token)
+        seq.constrained += 1
+    masks = constraint.masks(work.draft)
+    del work.draft[len(masks) - 1 :]
+    return masks
+
+
+def _logprob(result: StepResult, index: int, token_id: int, logprob: float, n_top: int) -> TokenLogprob | None:
+    if n_top < 0:
+        return None
+    top = tuple(
+        TokenLogprob(token_id=int(t), logprob=float(p))
+        for t, p in zip(result.top_ids[index, :n_top], result.top_logprobs[index, :n_top], strict=True)
+        if t >= 0
+    )
+    return TokenLogprob(token_id=token_id, logprob=logprob, top=top)

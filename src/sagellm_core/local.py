@@ -1,0 +1,310 @@
+"""An engine in this process: the step loop on its own thread, callers on any number of event loops.
+
+Commands go in through one inbox; deltas go out with one wake-up of each event loop a step, however many streams it has. A
+consumer that is slow gets its deltas joined, so what is kept for it is bounded by its tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+
+from sagellm_core.engine import Engine
+from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
+from sagellm_protocol.errors import EngineDiedError, SageError, UnavailableError
+from sagellm_protocol.prefix import BlockEvent
+
+__all__ = ["LocalEngine"]
+
+_T = TypeVar("_T")
+
+_IDLE_POLL_S = 0.002
+"""How long to wait for a grammar that is being compiled while nothing else runs."""
+
+
+class _Stream:
+    """The consumer's end of one sequence; touched on its event loop only, except `loop` and `request`."""
+
+    def __init__(self, request: EngineRequest, loop: asyncio.AbstractEventLoop) -> None:
+        self.request = request
+        self.loop = loop
+        self._delta: TokenDelta | None = None
+        self._error: SageError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def push(self, delta: TokenDelta) -> None:
+        self._delta = delta if self._delta is None else _joined(self._delta, delta)
+        self._wake()
+
+    def fail(self, error: SageError) -> None:
+        self._error = error
+        self._wake()
+
+    async def next(self) -> TokenDelta:
+        while self._delta is None:
+            if self._error is not None:
+                raise self._error
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        delta, self._delta = self._delta, None
+        return delta
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+@dataclass(slots=True)
+class _Command:
+    """Something to run on the engine's thread between two steps."""
+
+    run: Callable[[], None]
+    refuse: Callable[[SageError], object]
+
+
+class LocalEngine:
+    """`EngineClient` over an `Engine` that this object owns from now on.
+
+    May be used from several threads and event loops at once. `close` (or leaving ``async with``) joins the thread.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._description = engine.describe()
+        self._inbox: deque[_Command] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._ended: SageError | None = None
+        self._streams: dict[str, _Stream] = {}
+        self._thread = threading.Thread(target=self._main, name=f"engine-{self._description.engine_id}", daemon=True)
+        self._thread.start()
+
+    # ----------------------------------------------------------- EngineClient
+
+    @property
+    def engine_id(self) -> str:
+        """The engine's name."""
+        return self._description.engine_id
+
+    async def describe(self) -> EngineDescription:
+        """Return what the engine serves."""
+        return self._description
+
+    async def status(self) -> EngineStatus:
+        """Return what the engine is doing; answers also while a step hangs.
+
+        Raises:
+            EngineDiedError: the engine is dead.
+        """
+        return self.snapshot()
+
+    def snapshot(self) -> EngineStatus:
+        """Like `status`, without an event loop."""
+        if self._ended is not None:
+            raise self._ended
+        return self._engine.status()
+
+    async def stream(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+        """Run one sequence; closing the generator aborts it and frees its blocks within a step.
+
+        Raises:
+            EngineDiedError: the engine ended.
+            UnavailableError: it was closed.
+        """
+        stream = _Stream(request, asyncio.get_running_loop())
+        self._post(_Command(lambda: self._start(stream), lambda error: _on_loop(stream.loop, stream.fail, error)))
+        finished = False
+        try:
+            while not finished:
+                delta = await stream.next()
+                finished = delta.finish_reason is not None
+                yield delta
+        finally:
+            if not finished and self._ended is None:
+                self._post(_Command(lambda: self._leave(stream), _ignore))
+
+    async def abort(self, request_id: str) -> bool:
+        """Abort a sequence by id; its stream ends with ``cancelled``. False if the engine does not hold it."""
+        return await self._call(lambda: self._engine.abort(request_id))
+
+    async def block_events(self, after: int) -> list[BlockEvent]:
+        """Return the changes of the prefix cache numbered above `after`."""
+        return await self._call(lambda: self._engine.block_events(after))
+
+    async def drain(self) -> None:
+        """Take no more sequences; those that are here go on to their end."""
+        await self._call(self._engine.drain)
+
+    async def clear_cache(self) -> int:
+        """Drop all cached blocks that nobody holds; return how many."""
+        return await self._call(self._engine.clear_cache)
+
+    async def check_integrity(self) -> None:
+        """Check that every block and every sequence is accounted for.
+
+        Raises:
+            AssertionError: an invariant is broken; the message names it.
+        """
+        await self._call(self._engine.check_integrity)
+
+    async def close(self) -> None:
+        """End the thread and close the engine; streams that are open end with an error. Idempotent."""
+        await asyncio.get_running_loop().run_in_executor(None, self.close_sync)
+
+    def close_sync(self) -> None:
+        """Like `close`, without an event loop."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    # ------------------------------------------------------ any thread -> engine
+
+    def _post(self, command: _Command) -> None:
+        with self._wake:
+            ended = self._ended
+            if ended is None:
+                self._inbox.append(command)
+                self._wake.notify()
+        if ended is not None:
+            command.refuse(ended)
+
+    async def _call(self, function: Callable[[], _T]) -> _T:
+        """Run `function` on the engine's thread between two steps."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[_T] = loop.create_future()
+
+        def run() -> None:
+            try:
+                result = function()
+            except (SageError, AssertionError) as error:
+                _on_loop(loop, _set_exception, future, error)
+            else:
+                _on_loop(loop, _set_result, future, result)
+
+        self._post(_Command(run, lambda error: _on_loop(loop, _set_exception, future, error)))
+        return await future
+
+    # --------------------------------------------------------- engine's thread
+
+    def _main(self) -> None:
+        try:
+            while self._next_commands():
+                self._deliver(self._engine.step())
+                if self._engine.died is not None:
+                    break
+        finally:
+            self._finish()
+
+    def _next_commands(self) -> bool:
+        """Run what came in, waiting for it when there is nothing else to do; False when it is time to end."""
+        with self._wake:
+            while not (self._closing or self._inbox or self._engine.has_work):
+                self._wake.wait()
+            if not self._inbox and self._engine.stalled:
+                self._wake.wait(_IDLE_POLL_S)
+            commands = list(self._inbox)
+            self._inbox.clear()
+        for command in commands:
+            command.run()
+        return not self._closing
+
+    def _start(self, stream: _Stream) -> None:
+        request_id = stream.request.request_id
+        try:
+            self._engine.add(stream.request)
+        except SageError as error:
+            delta = TokenDelta(request_id=request_id, finish_reason="error", error=error.to_wire())
+            _on_loop(stream.loop, stream.push, delta)
+        else:
+            self._streams[request_id] = stream
+
+    def _leave(self, stream: _Stream) -> None:
+        request_id = stream.request.request_id
+        if self._streams.get(request_id) is stream:
+            del self._streams[request_id]
+            self._engine.abort(request_id)
+
+    def _deliver(self, deltas: list[TokenDelta]) -> None:
+        """Hand deltas to their streams: one wake-up for each event loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, TokenDelta]]] = {}
+        for delta in deltas:
+            stream = self._streams.get(delta.request_id)
+            if stream is None:
+                continue
+            if delta.finish_reason is not None:
+                del self._streams[delta.request_id]
+            by_loop.setdefault(stream.loop, []).append((stream, delta))
+        for loop, batch in by_loop.items():
+            if not _on_loop(loop, _push_all, batch):
+                for stream, _ in batch:  # nobody is left to read
+                    self._leave(stream)
+
+    def _finish(self) -> None:
+        """Tell everybody who waits that the engine has ended, then give the device back."""
+        error = self._engine.died
+        if error is None:
+            error = (
+                UnavailableError("the engine was closed")
+                if self._closing
+                else EngineDiedError("the engine's loop ended")
+            )
+        with self._wake:
+            self._ended = error
+            commands = list(self._inbox)
+            self._inbox.clear()
+        for command in commands:
+            command.refuse(error)
+        for stream in self._streams.values():
+            _on_loop(stream.loop, stream.fail, error)
+        self._streams.clear()
+        self._engine.close()
+
+
+def _joined(first: TokenDelta, second: TokenDelta) -> TokenDelta:
+    """Return two deltas of one sequence as one."""
+    logprobs = first.logprobs
+    if second.logprobs is not None:
+        logprobs = (*(logprobs or ()), *second.logprobs)
+    return msgspec.structs.replace(
+        first,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=logprobs,
+        finish_reason=second.finish_reason,
+        stop_token_id=second.stop_token_id,
+        error=second.error,
+    )
+
+
+def _push_all(batch: list[tuple[_Stream, TokenDelta]]) -> None:
+    for stream, delta in batch:
+        stream.push(delta)
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> bool:
+    """Run `function` on `loop`; False if that loop is closed."""
+    try:
+        loop.call_soon_threadsafe(function, *args)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _set_result(future: asyncio.Future[_T], result: _T) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _set_exception(future: asyncio.Future[_T], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _ignore(error: SageError) -> None:
+    """The engine has ended, and everything in it."""

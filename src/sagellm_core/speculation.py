@@ -1,0 +1,246 @@
+"""Guessing tokens ahead, to be verified in one step.
+
+Verification is by sample and match: the draw of position p is a function of the seed, of p and of the tokens before p, so each
+row of a guess is drawn as if it came alone, and guesses are kept while they equal what was drawn. The output is the same as
+without guessing, greedy or sampled; only the number of steps differs. (Exactness is the aim of Leviathan et al., 2023; the
+lookup is that of prompt lookup decoding, Saxena, 2023.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from sagellm_backend.base import RowSampling, Runner, StepBatch
+from sagellm_core.request import SequenceState
+from sagellm_core.scheduler import Work
+from sagellm_protocol.sampling import SamplingParams
+
+__all__ = ["DraftSpeculator", "NgramSpeculator", "Speculator"]
+
+_GREEDY = SamplingParams(temperature=0.0)
+
+
+class Speculator(Protocol):
+    """Guesses; called from the step loop only."""
+
+    def plan(self, running: Sequence[SequenceState]) -> None:
+        """Set `want_draft` of each sequence before rows are handed out."""
+        ...
+
+    def propose(self, works: Sequence[Work]) -> None:
+        """Fill `draft` of each work with at most `n_draft` tokens."""
+        ...
+
+    def follow(self, batch: StepBatch) -> None:
+        """See the rows that the model is about to run."""
+        ...
+
+    def observe(self, work: Work, accepted: int) -> None:
+        """Learn how many guesses held."""
+        ...
+
+    def copy_block(self, source: int, destination: int) -> None:
+        """Copy a KV block of the guesser's own, if it has any."""
+        ...
+
+    def forget(self, seq: SequenceState) -> None:
+        """Drop what is kept for a sequence that ended."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back. Idempotent."""
+        ...
+
+
+@dataclass(slots=True)
+class _Length:
+    """How far ahead to guess for one sequence: longer while guesses hold, shorter and then rarely when they do not."""
+
+    most: int
+    now: int
+    misses: int = 0
+    pause: int = 0
+
+    def want(self) -> int:
+        if self.pause:
+            self.pause -= 1
+            return 0
+        return self.now
+
+    def learn(self, guessed: int, accepted: int) -> None:
+        if accepted == guessed:
+            self.now = min(self.most, self.now + 2)
+        elif accepted < guessed // 2 or not accepted:
+            self.now = max(1, min(self.now - 1, accepted + 1))
+        self.misses = 0 if accepted else self.misses + 1
+        if self.misses > 1:
+            self.pause = min(32, 1 << self.misses)
+
+
+class _Lengths:
+    """The adaptive length of every sequence."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._of: dict[int, _Length] = {}
+
+    def plan(self, running: Sequence[SequenceState]) -> None:
+        for seq in running:
+            if not seq.decoding:
+                continue
+            length = self._of.get(seq.arrival)
+            if length is None:
+                length = self._of[seq.arrival] = _Length(self._most, max(1, self._most // 2))
+            seq.want_draft = length.want()
+
+    def learn(self, work: Work, accepted: int) -> None:
+        self._of[work.seq.arrival].learn(len(work.draft), accepted)
+
+    def forget(self, seq: SequenceState) -> None:
+        self._of.pop(seq.arrival, None)
+
+
+@dataclass(slots=True)
+class _Index:
+    """Where each n-gram of a sequence was last followed by something."""
+
+    after: dict[tuple[int, ...], int] = field(default_factory=dict)
+    done: int = 0
+
+
+class NgramSpeculator:
+    """Looks the newest tokens up in prompt and output, and guesses that what followed them follows again.
+
+    Args:
+        max_draft: most tokens guessed at once.
+        longest, shortest: lengths of the tails that are looked up, longest first.
+    """
+
+    def __init__(self, max_draft: int, longest: int = 4, shortest: int = 2) -> None:
+        self._lengths = _Lengths(max_draft)
+        self._sizes = range(longest, shortest - 1, -1)
+        self._indexes: dict[int, _Index] = {}
+
+    def plan(self, running: Sequence[SequenceState]) -> None:
+        """Set `want_draft` of each sequence."""
+        self._lengths.plan(running)
+
+    def propose(self, works: Sequence[Work]) -> None:
+        """Fill `draft` where the tail of a sequence occurred before."""
+        for work in works:
+            index = self._indexes.setdefault(work.seq.arrival, _Index())
+            work.draft = self._lookup(index, work.seq.tokens, work.n_draft)
+
+    def _lookup(self, index: _Index, tokens: list[int], n: int) -> list[int]:
+        for end in range(index.done, len(tokens)):  # tokens[end] follows the n-grams that end before it
+            for size in self._sizes:
+                if size <= end:
+                    index.after[tuple(tokens[end - size : end])] = end
+        index.done = len(tokens)
+        for size in self._sizes:
+            start = index.after.get(tuple(tokens[-size:])) if size <= len(tokens) else None
+            if start is not None:
+                period = len(tokens) - start  # past the end the guess goes on in itself: a loop continues
+                return [tokens[start + ahead % period] for ahead in range(n)]
+        return []
+
+    def follow(self, batch: StepBatch) -> None:
+        """Nothing: there is no model."""
+
+    def observe(self, work: Work, accepted: int) -> None:
+        """Learn how many guesses held."""
+        self._lengths.learn(work, accepted)
+
+    def copy_block(self, source: int, destination: int) -> None:
+        """Nothing: there are no blocks."""
+
+    def forget(self, seq: SequenceState) -> None:
+        """Drop the index of a sequence."""
+        self._lengths.forget(seq)
+        self._indexes.pop(seq.arrival, None)
+
+    def close(self) -> None:
+        """Drop all indexes."""
+        self._indexes.clear()
+
+
+class DraftSpeculator:
+    """Asks a smaller model of the same vocabulary.
+
+    Its KV cache has the same block numbers as the model's, so prefix hits, copies and preemption hold for both. Blocks that
+    come back from the disk tier are not restored here: guesses over them may be worse, never the output.
+
+    Args:
+        runner: the draft model, with as many blocks as the model; closed with the speculator.
+        max_draft: most tokens guessed at once.
+    """
+
+    def __init__(self, runner: Runner, max_draft: int) -> None:
+        self._runner = runner
+        self._lengths = _Lengths(max_draft)
+
+    def plan(self, running: Sequence[SequenceState]) -> None:
+        """Set `want_draft` of each sequence."""
+        self._lengths.plan(running)
+
+    def propose(self, works: Sequence[Work]) -> None:
+        """Decode ahead with the draft model, all sequences together, one token a round."""
+        active = list(works)
+        while active:
+            batch = _next_rows(active)
+            ids = self._runner.step(batch).token_ids.tolist()
+            for work, token_id in zip(active, ids, strict=True):
+                if token_id >= 0:
+                    work.draft.append(token_id)
+                else:
+                    work.n_draft = len(work.draft)
+            active = [work for work in active if len(work.draft) < work.n_draft]
+
+    def follow(self, batch: StepBatch) -> None:
+        """Run the model's rows through the draft model too, so that its cache holds the same tokens."""
+        self._runner.step(
+            StepBatch(
+                token_ids=batch.token_ids,
+                starts=batch.starts,
+                lengths=batch.lengths,
+                block_tables=batch.block_tables,
+                logit_rows=np.empty(0, np.int32),
+                sampling=(),
+            )
+        )
+
+    def observe(self, work: Work, accepted: int) -> None:
+        """Learn how many guesses held."""
+        self._lengths.learn(work, accepted)
+
+    def copy_block(self, source: int, destination: int) -> None:
+        """Copy a block of the draft model's cache."""
+        self._runner.kv.copy_blocks([(source, destination)])
+
+    def forget(self, seq: SequenceState) -> None:
+        """Drop the length of a sequence."""
+        self._lengths.forget(seq)
+
+    def close(self) -> None:
+        """Close the draft model."""
+        self._runner.close()
+
+
+def _next_rows(works: Sequence[Work]) -> StepBatch:
+    """Return one row a sequence: its newest token or guess."""
+    tables = np.full((len(works), max(len(work.seq.blocks) for work in works)), -1, np.int32)
+    for index, work in enumerate(works):
+        tables[index, : len(work.seq.blocks)] = work.seq.blocks
+    newest = [work.draft[-1] if work.draft else work.seq.tokens[-1] for work in works]
+    return StepBatch(
+        token_ids=np.array(newest, np.int32),
+        starts=np.array([work.start + len(work.draft) for work in works], np.int32),
+        lengths=np.ones(len(works), np.int32),
+        block_tables=tables,
+        logit_rows=np.arange(len(works), dtype=np.int32),
+        sampling=[RowSampling(_GREEDY)] * len(works),
+    )
