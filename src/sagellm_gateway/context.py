@@ -16,6 +16,7 @@ from sagellm_gateway import jsonbody
 from sagellm_gateway.config import GatewayConfig
 from sagellm_gateway.errors import HttpError, Shape, openai_body, render, status_of
 from sagellm_gateway.guard import ClientGoneError, InFlight
+from sagellm_gateway.library import ModelLibrary, NoLibrary
 from sagellm_protocol.errors import InternalError, SageError, UnavailableError
 
 __all__ = ["ANONYMOUS", "Call", "Endpoint", "Gateway", "Principal"]
@@ -52,13 +53,15 @@ class Gateway:
     Attributes:
         manager: the control plane; anything with the methods of `ControlPlaneManager`.
         config: settings.
+        library: the models on disk.
         ready: whether start-up is over.
         draining: set once by `drain`; new work is answered 503 from then on.
         in_flight: guards of the requests that run.
     """
 
-    def __init__(self, manager: Any, config: GatewayConfig) -> None:
+    def __init__(self, manager: Any, config: GatewayConfig, library: ModelLibrary | None = None) -> None:
         self.manager = manager
+        self.library: ModelLibrary = library or NoLibrary()
         self.config = config
         self.ready = False
         self.draining = False

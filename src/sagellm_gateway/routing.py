@@ -1,11 +1,9 @@
-"""Path -> endpoint. Exact paths by one dictionary look-up; patterns by Starlette's compiled routes."""
+"""Path -> endpoint. Exact paths by one dictionary look-up; patterns (``{name}`` one segment, ``{name:path}`` the rest) in turn."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from typing import Any
-
-from starlette.routing import compile_path
 
 from sagellm_gateway.context import Endpoint, Gateway, Receive, Scope, Send
 from sagellm_gateway.errors import HttpError, Shape, anthropic_body, ollama_body, openai_body
@@ -29,15 +27,14 @@ class Router:
         self, gateway: Gateway, routes: Iterable[RouteSpec], *, prefix: str = "/api", aliased: Iterable[str] = ()
     ) -> None:
         self.exact: dict[str, dict[str, tuple[RouteSpec, Endpoint]]] = {}
-        self.patterns: list[tuple[Any, dict[str, Any], dict[str, tuple[RouteSpec, Endpoint]]]] = []
+        self.patterns: list[tuple[re.Pattern[str], dict[str, tuple[RouteSpec, Endpoint]]]] = []
         by_pattern: dict[str, dict[str, tuple[RouteSpec, Endpoint]]] = {}
         self.prefix, self.aliased = prefix, frozenset(aliased)
         for spec in routes:
             target = by_pattern if "{" in spec.path else self.exact
             target.setdefault(spec.path, {})[spec.method] = (spec, Endpoint(gateway, spec.handler, spec.shape))
         for path, methods in by_pattern.items():
-            regex, _, convertors = compile_path(path)
-            self.patterns.append((regex, convertors, methods))
+            self.patterns.append((_compiled(path), methods))
 
     def find(self, scope: Scope) -> tuple[RouteSpec, Endpoint] | HttpError:
         """Return the row and endpoint of a request, or the refusal; fills ``path_params``."""
@@ -62,10 +59,10 @@ class Router:
         )
 
     def _match(self, path: str, scope: Scope) -> dict[str, tuple[RouteSpec, Endpoint]] | None:
-        for regex, convertors, methods in self.patterns:
+        for regex, methods in self.patterns:
             match = regex.match(path)
             if match is not None:
-                scope["path_params"] = {k: convertors[k].convert(v) for k, v in match.groupdict().items()}
+                scope["path_params"] = match.groupdict()
                 return methods
         return None
 
@@ -77,6 +74,13 @@ class Router:
             return
         scope["sagellm.route"] = found[0].path
         await found[1](scope, receive, send)
+
+
+def _compiled(path: str) -> re.Pattern[str]:
+    pattern = re.escape(path).replace(r"\{", "{").replace(r"\}", "}")
+    pattern = re.sub(r"\{(\w+):path\}", r"(?P<\1>.+)", pattern)
+    pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", pattern)
+    return re.compile(f"^{pattern}$", re.DOTALL)
 
 
 def _shape_of(path: str) -> Shape:

@@ -11,9 +11,10 @@ from starlette.applications import Starlette
 
 from sagellm_gateway.config import GatewayConfig
 from sagellm_gateway.context import Gateway
+from sagellm_gateway.library import ModelLibrary
 from sagellm_gateway.middleware.edge import Edge
 from sagellm_gateway.middleware.origin import OriginGuard
-from sagellm_gateway.routes.table import ROUTES
+from sagellm_gateway.routes.table import ALIASED, ROUTES
 from sagellm_gateway.routing import Router
 
 if TYPE_CHECKING:
@@ -21,10 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = ["create_app", "main", "serve"]
 
-_ALIASED = ("v1", "health", "ready", "live", "sessions", "management")
 
-
-def create_app(control_plane: ControlPlaneManager | None = None, config: GatewayConfig | None = None) -> Starlette:
+def create_app(
+    control_plane: ControlPlaneManager | None = None,
+    config: GatewayConfig | None = None,
+    *,
+    library: ModelLibrary | None = None,
+) -> Starlette:
     """Return a new gateway application.
 
     The application starts `control_plane` with its own lifespan and stops it at the end.
@@ -33,6 +37,7 @@ def create_app(control_plane: ControlPlaneManager | None = None, config: Gateway
         control_plane: what runs the requests; None makes an empty one, to which engines are registered over
             ``/v1/management``.
         config: settings; None takes the defaults.
+        library: the models on disk, for the routes that pull and remove them.
 
     Returns:
         An ASGI application; ``app.state.gateway`` is its `Gateway`.
@@ -41,10 +46,10 @@ def create_app(control_plane: ControlPlaneManager | None = None, config: Gateway
         from sagellm_control_plane.manager import ControlPlaneManager
 
         control_plane = ControlPlaneManager()
-    gateway = Gateway(control_plane, config or GatewayConfig())
+    gateway = Gateway(control_plane, config or GatewayConfig(), library)
     app = Starlette(lifespan=_lifespan)
     app.state.gateway = gateway
-    app.router.default = Router(gateway, ROUTES, aliased=_ALIASED)
+    app.router.default = Router(gateway, ROUTES, aliased=ALIASED)
     app.router.redirect_slashes = False
     app.add_middleware(OriginGuard, origins=gateway.config.origins)
     app.add_middleware(Edge, gateway=gateway)

@@ -39,7 +39,9 @@ class Edge:
         began = time.perf_counter()
         status = 0
         sent_id = _identify(scope)
-        fixed = [(b"x-request-id", scope["sagellm.request_id"].encode()), (b"x-content-type-options", b"nosniff")]
+        request_id = scope["sagellm.request_id"].encode()
+        # OpenAI's clients read x-request-id, Anthropic's request-id.
+        fixed = [(b"x-request-id", request_id), (b"request-id", request_id), (b"x-content-type-options", b"nosniff")]
 
         async def answer(message: Message) -> None:
             nonlocal status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import inspect
 from typing import Any
 
@@ -18,13 +19,32 @@ async def model_entries(call: Call) -> list[dict[str, Any]]:
         found = await found
     created = int(call.gateway.started_at)
     return [
-        {"id": str(getattr(m, "id", m)), "object": "model", "created": created, "owned_by": "isagellm"} for m in found
+        {
+            "id": str(getattr(m, "id", m)),
+            "object": "model",
+            "created": created,
+            "owned_by": "isagellm",
+            "kind": getattr(m, "kind", "llm"),
+        }
+        for m in found
     ]
 
 
+def _anthropic(entry: dict[str, Any]) -> dict[str, Any]:
+    when = datetime.datetime.fromtimestamp(entry["created"], datetime.timezone.utc)
+    created = when.isoformat().replace("+00:00", "Z")
+    return {"type": "model", "id": entry["id"], "display_name": entry["id"], "created_at": created}
+
+
 async def list_models(call: Call) -> None:
-    """GET /v1/models."""
-    await call.json({"object": "list", "data": await model_entries(call)})
+    """GET /v1/models; a client that sends ``anthropic-version`` gets Anthropic's shape."""
+    entries = await model_entries(call)
+    if call.header(b"anthropic-version") is None:
+        await call.json({"object": "list", "data": entries})
+        return
+    ids = [entry["id"] for entry in entries]
+    first, last = (ids[0], ids[-1]) if ids else (None, None)
+    await call.json({"data": [_anthropic(e) for e in entries], "has_more": False, "first_id": first, "last_id": last})
 
 
 async def get_model(call: Call) -> None:
@@ -32,6 +52,6 @@ async def get_model(call: Call) -> None:
     name = call.path("model")
     for entry in await model_entries(call):
         if entry["id"] == name:
-            await call.json(entry)
+            await call.json(entry if call.header(b"anthropic-version") is None else _anthropic(entry))
             return
     raise ModelNotFoundError(f"the model {name[:128]!r} is not served here", param="model")

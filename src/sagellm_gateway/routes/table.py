@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from sagellm_gateway.context import Handler
-from sagellm_gateway.errors import Shape, bare_body, openai_body
-from sagellm_gateway.routes import models, openai, operation
+from sagellm_gateway.errors import Shape, anthropic_body, bare_body, ollama_body, openai_body
+from sagellm_gateway.routes import anthropic, models, ollama, openai, operation, tokens
 
-__all__ = ["ROUTES", "RouteSpec"]
+__all__ = ["ALIASED", "ROUTES", "RouteSpec"]
 
 Role = Literal["open", "user", "metrics", "admin"]
 
@@ -23,12 +23,28 @@ class RouteSpec(NamedTuple):
     shape: Shape = openai_body
 
 
-# The most used first: routes are tried in order.
+# First segments of paths that also answer under the old prefix /api.
+ALIASED = ("v1", "health", "ready", "live", "sessions", "management")
+
 ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("POST", "/v1/chat/completions", openai.chat_completions),
     RouteSpec("POST", "/v1/completions", openai.completions),
     RouteSpec("GET", "/v1/models", models.list_models),
     RouteSpec("GET", "/v1/models/{model:path}", models.get_model),
+    RouteSpec("POST", "/v1/messages", anthropic.messages, "user", anthropic_body),
+    RouteSpec("POST", "/v1/messages/count_tokens", anthropic.count_tokens, "user", anthropic_body),
+    RouteSpec("POST", "/api/chat", ollama.chat, "user", ollama_body),
+    RouteSpec("POST", "/api/generate", ollama.generate, "user", ollama_body),
+    RouteSpec("GET", "/api/tags", ollama.tags, "user", ollama_body),
+    RouteSpec("GET", "/api/ps", ollama.ps, "user", ollama_body),
+    RouteSpec("GET", "/api/version", ollama.version, "user", ollama_body),
+    RouteSpec("POST", "/api/show", ollama.show, "user", ollama_body),
+    RouteSpec("POST", "/api/pull", ollama.pull, "admin", ollama_body),
+    RouteSpec("POST", "/api/copy", ollama.copy, "admin", ollama_body),
+    RouteSpec("DELETE", "/api/delete", ollama.delete, "admin", ollama_body),
+    RouteSpec("POST", "/tokenize", tokens.tokenize),
+    RouteSpec("POST", "/detokenize", tokens.detokenize),
+    RouteSpec("GET", "/tokenizer_info", tokens.tokenizer_info),
     RouteSpec("GET", "/live", operation.live, "open", bare_body),
     RouteSpec("GET", "/health", operation.health, "open", bare_body),
     RouteSpec("GET", "/ready", operation.ready, "open", bare_body),
