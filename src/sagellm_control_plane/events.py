@@ -104,10 +104,11 @@ class AttemptFailed(_Event, frozen=True, gc=False):
 
 
 class RequestCancelled(_Event, frozen=True, gc=False):
-    """The client went away, or had enough (a stop string matched): `output_tokens` were used."""
+    """The client went away, or had enough (`finished`: a stop string matched): `output_tokens` were used."""
 
     request_id: str
     output_tokens: int = 0
+    finished: bool = False
 
 
 class HedgeDue(_Event, frozen=True, gc=False):

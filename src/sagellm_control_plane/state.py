@@ -410,7 +410,9 @@ class ControlState:
         if event.error.retryable:
             engine.failed += 1
             engine.breaker.on_failure(now)
-        if died and engine.state in ("READY", "DRAINING"):
+        if died and engine.state == "READY":
+            # It may be a broken connection or a dead engine: nothing more is sent until a probe has answered.
+            self.view.set_state(engine.engine_id, "ERROR")
             commands.append(ProbeNow(engine.engine_id))
         if record.attempts:
             return commands  # a hedge is still running
@@ -467,7 +469,10 @@ class ControlState:
         if record.queued_at is not None:
             self._queues[record.request.model].remove(event.request_id)
         self._end(record, max(event.output_tokens, record.request.emitted))
-        self.stats.cancelled += 1
+        if event.finished:
+            self.stats.completed += 1
+        else:
+            self.stats.cancelled += 1
         return commands + self._pump(record.request.model, now)
 
     # -- the queue -------------------------------------------------------------------------------------------------

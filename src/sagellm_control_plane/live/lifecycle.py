@@ -130,5 +130,5 @@ class ModelCatalog(Protocol):
         ...
 
 
-ClientFactory = Callable[[str, str, int, Mapping[str, Any]], EngineClient]
-"""(engine_id, host, port, metadata) -> client of an engine that somebody else started."""
+ClientFactory = Callable[[str, str, str, int, Mapping[str, Any]], tuple[EngineClient, ChatModel]]
+"""(engine_id, model_id, host, port, metadata) -> client and text side of an engine that somebody else started."""

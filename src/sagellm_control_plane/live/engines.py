@@ -1,0 +1,291 @@
+"""Engines come and go: registration, start and stop through the lifecycle driver, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from sagellm_control_plane.live.dispatcher import Dispatcher
+from sagellm_control_plane.live.lifecycle import (
+    ClientFactory,
+    EngineExit,
+    EngineSpec,
+    LifecycleDriver,
+    ModelCatalog,
+    RestartPolicy,
+)
+from sagellm_control_plane.live.probes import Prober
+from sagellm_control_plane.live.registry import Engine
+from sagellm_control_plane.types import EngineInfo, EngineState
+from sagellm_protocol.errors import (
+    InvalidArgumentError,
+    ModelNotFoundError,
+    SageError,
+    UnavailableError,
+    UnsupportedError,
+)
+from sagellm_protocol.ports import ChatModel, EngineClient
+
+__all__ = ["Engines"]
+
+_log = logging.getLogger(__name__)
+
+
+class Engines:
+    """Registers, starts, drains and stops engines; the listener of the lifecycle driver."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        prober: Prober,
+        *,
+        driver: LifecycleDriver | None,
+        catalog: ModelCatalog | None,
+        client_factory: ClientFactory | None,
+        restart: RestartPolicy,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._registry = dispatcher.registry
+        self._prober = prober
+        self._driver = driver
+        self._catalog = catalog
+        self._client_factory = client_factory
+        self._restart = restart
+        self._chat_models: dict[str, ChatModel] = {}
+        self._serial = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        dispatcher.on_hung = self._on_hung
+
+    # -- models ----------------------------------------------------------------------------------------------------
+
+    def chat_model(self, model_id: str) -> ChatModel:
+        """Return the text side of a model that some engine serves.
+
+        Raises:
+            ModelNotFoundError: none does.
+        """
+        model = self._chat_models.get(model_id)
+        if model is None:
+            known = ", ".join(sorted(self._chat_models)) or "none"
+            raise ModelNotFoundError(f"model {model_id!r} is not served here: served are {known}", param="model")
+        return model
+
+    def models(self) -> list[str]:
+        """Models that some registered engine serves."""
+        return sorted(self._chat_models)
+
+    # -- engines that others run -----------------------------------------------------------------------------------
+
+    async def add(self, client: EngineClient, chat_model: ChatModel, metadata: Mapping[str, Any]) -> EngineInfo:
+        """Register an engine by its client; it is READY when this returns."""
+        description = await client.describe()
+        info = self._info(client.engine_id, chat_model.model_id, description.kind, metadata)
+        engine = Engine(info, client=client, description=description)
+        self._registry.add(engine)
+        self._chat_models[chat_model.model_id] = chat_model
+        info.pid = description.pid
+        info.last_heartbeat = time.time()
+        self._dispatcher.engine_ready(engine, client, fresh=True)
+        return info
+
+    def register(
+        self, engine_id: str, model_id: str, host: str, port: int, kind: str, metadata: Mapping[str, Any]
+    ) -> EngineInfo:
+        """Register an engine by its address; it is STARTING until it has answered a probe."""
+        if self._client_factory is None:
+            raise UnsupportedError(
+                "this control plane has no client for engines by address: pass client_factory, or use add_engine",
+                param="host",
+            )
+        if kind not in ("llm", "embedding"):
+            raise InvalidArgumentError(f"engine_kind is {kind!r}: use llm or embedding", param="engine_kind")
+        if not 0 < port < 65536:
+            raise InvalidArgumentError(f"port is {port}: it must lie in 1-65535", param="port")
+        info = self._info(engine_id, model_id, kind, metadata, host=host, port=port)
+        engine = Engine(info)
+        self._registry.add(engine)
+        try:
+            engine.client, chat_model = self._client_factory(engine_id, model_id, host, port, metadata)
+        except SageError:
+            self._registry.remove(engine_id)
+            raise
+        self._chat_models.setdefault(model_id, chat_model)
+        return info
+
+    async def unregister(self, engine_id: str) -> EngineInfo:
+        """Forget an engine. Requests on it go on elsewhere; one that we started is stopped."""
+        engine = self._dispatcher.forget(engine_id)
+        await self._let_go(engine, grace_s=0.0)
+        return engine.info
+
+    def _info(
+        self, engine_id: str, model_id: str, kind: str, metadata: Mapping[str, Any], host: str = "", port: int = 0
+    ) -> EngineInfo:
+        return EngineInfo(
+            engine_id=engine_id,
+            model_id=model_id,
+            host=host,
+            port=port,
+            engine_kind=kind,
+            metadata=dict(metadata),
+            created_at=time.time(),
+        )
+
+    # -- engines that we run ---------------------------------------------------------------------------------------
+
+    async def start_managed(self, model_id: str, engine_id: str | None, options: Mapping[str, Any]) -> EngineInfo:
+        """Start an engine for a model and wait until it is READY."""
+        driver, catalog = self._need_driver()
+        if engine_id is None:
+            engine_id = self._fresh_id(model_id)
+        spec = catalog.engine_spec(model_id, engine_id, options)
+        # The manager's auto_restart and max_restart_attempts stand above the catalogue's defaults.
+        spec = _with_restart(spec, self._restart)
+        info = self._info(engine_id, spec.model_id, spec.kind, {})
+        info.managed = True
+        engine = Engine(info, spec=spec)
+        self._registry.add(engine)
+        try:
+            if spec.model_id not in self._chat_models:
+                self._chat_models[spec.model_id] = await asyncio.to_thread(catalog.chat_model, spec.model_id)
+            client = await driver.start_engine(spec, self)
+            if engine.description is None:
+                engine.description = await client.describe()
+        except (SageError, asyncio.CancelledError):
+            self._dispatcher.forget(engine_id)
+            await driver.stop_engine(engine_id, grace_s=0.0)
+            raise
+        if engine.info.state is not EngineState.READY:
+            self._ready(engine, client)
+        return info
+
+    def _need_driver(self) -> tuple[LifecycleDriver, ModelCatalog]:
+        if self._driver is None or self._catalog is None:
+            raise UnsupportedError(
+                "this control plane starts no engines: give it a lifecycle driver and a model catalogue, "
+                "or register an engine that runs already"
+            )
+        return self._driver, self._catalog
+
+    def _fresh_id(self, model_id: str) -> str:
+        stem = "".join(c if c.isalnum() or c in "-._" else "-" for c in model_id)
+        while True:
+            self._serial += 1
+            engine_id = f"{stem}-{self._serial}"
+            if self._registry.find(engine_id) is None:
+                return engine_id
+
+    def engine_ready(self, engine_id: str, client: EngineClient, pid: int) -> None:
+        """The driver's engine answers (again)."""
+        engine = self._registry.find(engine_id)
+        if engine is None:
+            return
+        if engine.info.pid and engine.info.pid != pid:
+            engine.info.restarts += 1
+        engine.info.pid = pid
+        task = asyncio.get_running_loop().create_task(self._describe_then_ready(engine, client))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _describe_then_ready(self, engine: Engine, client: EngineClient) -> None:
+        try:
+            engine.description = await client.describe()
+        except SageError as error:
+            self._dispatcher.engine_died(engine.info.engine_id, error.message, restarting=True)
+            return
+        if self._registry.find(engine.info.engine_id) is engine:
+            self._ready(engine, client)
+
+    def _ready(self, engine: Engine, client: EngineClient) -> None:
+        engine.info.last_heartbeat = time.time()
+        self._dispatcher.engine_ready(engine, client, fresh=True)
+
+    def engine_exited(self, event: EngineExit) -> None:
+        """The driver's engine ended, wanted or not."""
+        engine = self._registry.find(event.engine_id)
+        if engine is None:
+            return
+        if engine.info.state is EngineState.STOPPED:
+            return
+        restarting = event.restart_in_s is not None
+        _log.warning("engine %s ended: %s", event.engine_id, event.reason or f"status {event.returncode}")
+        self._dispatcher.engine_died(
+            event.engine_id, event.reason or f"status {event.returncode}", restarting=restarting
+        )
+
+    def _on_hung(self, engine_id: str) -> None:
+        engine = self._registry.find(engine_id)
+        if engine is None or engine.spec is None or self._driver is None:
+            return
+        task = asyncio.get_running_loop().create_task(self._driver.restart_engine(engine_id))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- the end of an engine --------------------------------------------------------------------------------------
+
+    def start_drain(self, engine_id: str) -> EngineInfo:
+        """Give an engine no new requests; those on it finish."""
+        engine = self._registry.get(engine_id)
+        self._dispatcher.set_state(engine, EngineState.DRAINING)
+        return engine.info
+
+    async def stop_gracefully(self, engine_id: str, timeout_s: float) -> EngineInfo:
+        """Drain, then stop; what still runs after `timeout_s` goes on elsewhere."""
+        engine = self._registry.get(engine_id)
+        if engine.info.state is EngineState.READY:
+            self.start_drain(engine_id)
+        if not await self._dispatcher.wait_idle(engine_id, timeout_s):
+            late = UnavailableError(f"engine {engine_id} was drained for {timeout_s:.0f} s and is stopped")
+            self._dispatcher.fail_attempts(engine_id, late.to_wire())
+        self._dispatcher.set_state(engine, EngineState.STOPPED)
+        await self._let_go(engine, grace_s=10.0)
+        return engine.info
+
+    def set_state_by_hand(self, engine_id: str, state: EngineState) -> EngineInfo:
+        """Set a state as an operator wishes."""
+        engine = self._registry.get(engine_id)
+        if state is EngineState.READY:
+            if engine.client is None or engine.description is None:
+                raise InvalidArgumentError(
+                    f"engine {engine_id!r} has not answered yet: it becomes READY by itself when it does", param="state"
+                )
+            self._dispatcher.engine_ready(engine, engine.client, fresh=False)
+        elif state is EngineState.ERROR:
+            self._dispatcher.engine_died(engine_id, "set by hand")
+        else:
+            self._dispatcher.set_state(engine, state)
+        return engine.info
+
+    def prune(self) -> list[str]:
+        """Forget engines that are stopped; return their ids."""
+        stopped = [e.info.engine_id for e in self._registry.in_state(EngineState.STOPPED)]
+        for engine_id in stopped:
+            self._dispatcher.forget(engine_id)
+        return stopped
+
+    async def _let_go(self, engine: Engine, *, grace_s: float) -> None:
+        if engine.spec is not None and self._driver is not None:
+            await self._driver.stop_engine(engine.info.engine_id, grace_s=grace_s)
+        if engine.client is not None:
+            await engine.client.close()
+
+    async def close(self) -> None:
+        """Stop everything that we started and let go of the rest."""
+        for engine in self._registry.all():
+            if engine.info.state is not EngineState.STOPPED:
+                self._dispatcher.set_state(engine, EngineState.STOPPED)
+        if self._driver is not None:
+            await self._driver.close()
+        for engine in self._registry.all():
+            if engine.client is not None:
+                await engine.client.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _with_restart(spec: EngineSpec, restart: RestartPolicy) -> EngineSpec:
+    return msgspec.structs.replace(spec, restart=restart)

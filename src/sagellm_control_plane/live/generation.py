@@ -1,0 +1,172 @@
+"""One client request: text in, events out, over one sequence for each choice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+
+import msgspec
+
+from sagellm_control_plane.live.dispatcher import Dispatcher
+from sagellm_control_plane.live.sequence import Mailbox, Sequence
+from sagellm_control_plane.view import RequestView
+from sagellm_protocol.engine import EngineRequest, TokenDelta
+from sagellm_protocol.errors import Error, SageError
+from sagellm_protocol.generation import (
+    GenerationEnd,
+    GenerationEvent,
+    GenerationRequest,
+    GenerationStart,
+    TokenLogprob,
+    Usage,
+)
+from sagellm_protocol.ports import ChatModel, PreparedRequest
+
+__all__ = ["Generation"]
+
+
+class Generation:
+    """Runs the choices of one request at once and merges them. `close` may be called at any time, more than once."""
+
+    def __init__(self, dispatcher: Dispatcher, model: ChatModel, request: GenerationRequest) -> None:
+        self.request = request
+        self.began = time.monotonic()
+        self.first_token_at: float | None = None
+        self.ended_at: float | None = None
+        self.sequences: list[Sequence] = []
+        self._dispatcher = dispatcher
+        self._model = model
+        self._mailbox = Mailbox()
+        self._prepared: PreparedRequest = model.prepare(request)
+        self._decoders = [model.decoder(self._prepared, i) for i in range(len(self._prepared.engine_requests))]
+        self._open: set[int] = set()
+
+    @property
+    def engine_id(self) -> str:
+        """Engine of the first choice, empty while it has none."""
+        return self.sequences[0].engine_id if self.sequences else ""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether no choice has been sent to an engine yet."""
+        return all(sequence.dispatched_at is None for sequence in self.sequences)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds until the first choice was sent to an engine; 0 while it waits."""
+        sent = [s.dispatched_at - s.submitted_at for s in self.sequences if s.dispatched_at is not None]
+        return min(sent, default=0.0)
+
+    def engine_rss_bytes(self) -> int:
+        """Resident memory of the engines that served this, as they last reported it."""
+        engines = {engine_id for sequence in self.sequences for engine_id in sequence.engines}
+        found = (self._dispatcher.registry.find(engine_id) for engine_id in engines)
+        return max((e.status.rss_bytes for e in found if e is not None and e.status is not None), default=0)
+
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        known = [s.prompt_tokens for s in self.sequences if s.prompt_tokens is not None]
+        prompt = known[0] if known else len(self._prepared.engine_requests[0].prompt_token_ids)
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=sum(sequence.emitted for sequence in self.sequences),
+            cached_tokens=max((s.cached_tokens for s in self.sequences), default=0),
+        )
+
+    def cancel(self) -> None:
+        """End the request from outside: its reader gets `CancelledRequestError`."""
+        for sequence in self.sequences:
+            if sequence.index in self._open:
+                sequence.cancelled()
+
+    def close(self) -> None:
+        """Abort whatever still runs."""
+        for sequence in self.sequences:
+            self._dispatcher.close(sequence)
+        self._open.clear()
+
+    async def events(self) -> AsyncGenerator[GenerationEvent, None]:
+        """Yield the request's events.
+
+        Raises:
+            SageError: a choice failed; the others are aborted.
+        """
+        for index, engine_request in enumerate(self._prepared.engine_requests):
+            self._open.add(index)
+            view = self._view(engine_request)
+            self.sequences.append(self._dispatcher.open(index, engine_request, view, self._mailbox))
+        started = False
+        try:
+            while self._open:
+                for index, item in await self._mailbox.take():
+                    if isinstance(item, Error):
+                        raise SageError.from_wire(item)
+                    if not started:
+                        started = True
+                        yield self._start(index, item)
+                    if index not in self._open:
+                        continue  # what was still under way when a stop string matched
+                    if self.first_token_at is None and (item.token_ids or item.text):
+                        self.first_token_at = time.monotonic()
+                    gained = self._decoders[index].push(item)
+                    if (gained is not None and gained.finish_reason is not None) or item.finish_reason is not None:
+                        self._finish(index)
+                    if gained is not None:
+                        yield gained if gained.index == index else msgspec.structs.replace(gained, index=index)
+            self.ended_at = time.monotonic()
+            yield self._end()
+        finally:
+            self.close()
+
+    def _view(self, request: EngineRequest) -> RequestView:
+        source = self.request
+        blocks, block_tokens = self._dispatcher.blocks_of(request, source.model)
+        return RequestView(
+            request_id=request.request_id,
+            model=source.model,
+            prompt_tokens=len(request.prompt_token_ids),
+            max_tokens=request.sampling.max_tokens or 0,
+            blocks=blocks,
+            block_tokens=block_tokens,
+            priority=request.priority,
+            tenant=source.tenant,
+            session=source.metadata.get("session_id", ""),
+            zone=source.metadata.get("zone", ""),
+            adapter=request.adapter or "",
+            deadline_s=request.deadline_s,
+            arrived_at=self._dispatcher.clock(),
+            emitted=len(request.emitted_token_ids),
+        )
+
+    def _start(self, index: int, delta: TokenDelta) -> GenerationStart:
+        logprobs = delta.prompt_logprobs
+        if logprobs is not None:
+            logprobs = tuple(None if entry is None else self._with_text(entry) for entry in logprobs)
+        return GenerationStart(
+            request_id=self.request.request_id,
+            model=self.request.model,
+            prompt_tokens=self.usage().prompt_tokens,
+            engine_id=self.sequences[index].engine_id,
+            prompt_logprobs=logprobs,
+        )
+
+    def _with_text(self, entry: TokenLogprob) -> TokenLogprob:
+        """Engines know ids only: add what each of them reads."""
+        if entry.text:
+            return entry
+        text = self._model.detokenize([entry.token_id])
+        top = tuple(self._with_text(other) for other in entry.top)
+        return msgspec.structs.replace(entry, text=text, data=text.encode("utf-8", "replace"), top=top)
+
+    def _finish(self, index: int) -> None:
+        self._open.discard(index)
+        # A stop string may have matched while the engine goes on: closing aborts it.
+        self._dispatcher.close(self.sequences[index], finished=True)
+
+    def _end(self) -> GenerationEnd:
+        first = self.first_token_at
+        return GenerationEnd(
+            usage=self.usage(),
+            ttft_s=None if first is None else first - self.began,
+            duration_s=time.monotonic() - self.began,
+        )

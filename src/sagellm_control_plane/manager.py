@@ -1,0 +1,414 @@
+"""`ControlPlaneManager`: the facade that programs know. Thin: the core decides, the parts in `live` do."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import AsyncGenerator, Mapping
+from typing import IO, Any, Literal
+
+import msgspec
+
+from sagellm_control_plane.config import CoreConfig
+from sagellm_control_plane.decision_log import DecisionLog
+from sagellm_control_plane.events import PolicyChanged
+from sagellm_control_plane.live import observe
+from sagellm_control_plane.live.dispatcher import Dispatcher
+from sagellm_control_plane.live.engines import Engines
+from sagellm_control_plane.live.generation import Generation
+from sagellm_control_plane.live.lifecycle import ClientFactory, LifecycleDriver, ModelCatalog, RestartPolicy
+from sagellm_control_plane.live.probes import Prober
+from sagellm_control_plane.live.requests import RequestEntry, RequestTable
+from sagellm_control_plane.live.v01 import V01Requests
+from sagellm_control_plane.policies import policy_named
+from sagellm_control_plane.routing import route_named
+from sagellm_control_plane.state import ControlState
+from sagellm_control_plane.types import (
+    EngineInfo,
+    EngineState,
+    PerformanceMetrics,
+    RequestStatus,
+    SchedulingMetrics,
+)
+from sagellm_protocol.errors import CancelledRequestError, InvalidArgumentError, SageError, UnavailableError
+from sagellm_protocol.generation import GenerationEvent, GenerationRequest
+from sagellm_protocol.ports import ChatModel, EngineClient
+from sagellm_protocol.types import Request, Response, StreamEvent
+
+__all__ = ["ControlPlaneManager"]
+
+
+class ControlPlaneManager:
+    """Many engines behind one interface.
+
+    Args:
+        scheduling_policy: who goes next among waiting requests (see `sagellm_control_plane.policies`).
+        routing_strategy: which engine takes a request (see `sagellm_control_plane.routing`).
+        mode: ``http`` also takes engines by address; ``local`` only those in this process or started by `driver`.
+        auto_restart: whether engines that we started are started again when they die.
+        max_restart_attempts: starts in a row that may fail before an engine is given up.
+        health_check_interval: seconds between probes.
+        config: everything else; the names above stand over it.
+        driver: starts and stops engines; None if none are to be started from here.
+        catalog: which models can be started.
+        client_factory: makes clients for engines that are registered by address.
+        decision_log: a binary file to which events and decisions are written.
+        seed: of the decisions that draw.
+
+    Raises:
+        InvalidArgumentError: an unknown policy, strategy or mode.
+    """
+
+    def __init__(
+        self,
+        scheduling_policy: str | None = None,
+        routing_strategy: str | None = None,
+        mode: Literal["http", "local"] = "http",
+        *,
+        auto_restart: bool = True,
+        max_restart_attempts: int = 5,
+        health_check_interval: float | None = None,
+        config: CoreConfig | None = None,
+        driver: LifecycleDriver | None = None,
+        catalog: ModelCatalog | None = None,
+        client_factory: ClientFactory | None = None,
+        decision_log: IO[bytes] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if mode not in ("http", "local"):
+            raise InvalidArgumentError(f"mode is {mode!r}: use http or local", param="mode")
+        core = _configured(config or CoreConfig(), scheduling_policy, routing_strategy, health_check_interval)
+        seed = random.SystemRandom().getrandbits(32) if seed is None else seed
+        self.mode = mode
+        self.config = core
+        self._state = ControlState(core, random.Random(seed))  # noqa: S311 - load balancing, not secrets
+        log = DecisionLog(decision_log, core, seed) if decision_log is not None else None
+        self._dispatcher = Dispatcher(self._state, log=log)
+        self._prober = Prober(self._dispatcher, core.health, time.time)
+        self._dispatcher.on_probe = self._prober.soon
+        self._engines = Engines(
+            self._dispatcher,
+            self._prober,
+            driver=driver,
+            catalog=catalog,
+            client_factory=client_factory,
+            restart=RestartPolicy(enabled=auto_restart, max_attempts=max_restart_attempts),
+        )
+        self._driver = driver
+        self._requests = RequestTable()
+        self._v01 = V01Requests(self._requests, self._open)
+        self._started_at: float | None = None
+        self._stopping = False
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begin to watch engines. Idempotent; embedded use works the same."""
+        if self._started_at is None:
+            self._started_at = time.monotonic()
+            self._stopping = False
+            self._prober.start()
+
+    async def stop(self, *, grace_s: float = 0.0) -> None:
+        """Refuse new requests, give running ones `grace_s` seconds, then end everything. Idempotent."""
+        if self._started_at is None and self._stopping:
+            return
+        self._stopping = True
+        if grace_s > 0.0:
+            await self._requests.wait_empty(grace_s)
+        for entry in self._requests.running():
+            if entry.generation is not None:
+                entry.generation.cancel()
+        await self._v01.close()
+        await self._prober.stop()
+        await self._engines.close()
+        self._started_at = None
+
+    # -- engines ---------------------------------------------------------------------------------------------------
+
+    async def add_engine(
+        self, client: EngineClient, chat_model: ChatModel, metadata: Mapping[str, Any] | None = None
+    ) -> EngineInfo:
+        """Register an engine by its client (in this process or elsewhere); it is READY when this returns.
+
+        Raises:
+            InvalidArgumentError: its id is registered already.
+            UnavailableError: it does not answer.
+        """
+        return await self._engines.add(client, chat_model, metadata or {})
+
+    def register_engine(
+        self,
+        engine_id: str,
+        model_id: str,
+        host: str,
+        port: int,
+        engine_kind: str = "llm",
+        metadata: Mapping[str, Any] | None = None,
+    ) -> EngineInfo:
+        """Register an engine by its address; it becomes READY when it answers a probe.
+
+        Raises:
+            InvalidArgumentError: the id is taken, or the kind or the port is not valid.
+            UnsupportedError: the mode is ``local``, or no client for addresses was plugged in.
+        """
+        if self.mode == "local":
+            raise InvalidArgumentError(
+                "mode is 'local': engines by address need mode='http'; use add_engine for one in this process",
+                param="mode",
+            )
+        info = self._engines.register(engine_id, model_id, host, port, engine_kind, metadata or {})
+        if self._started_at is not None:
+            self._prober.soon(engine_id)
+        return info
+
+    async def unregister_engine(self, engine_id: str) -> EngineInfo:
+        """Forget an engine; requests on it go on elsewhere."""
+        return await self._engines.unregister(engine_id)
+
+    def get_engine_info(self, engine_id: str) -> EngineInfo:
+        """Return one engine.
+
+        Raises:
+            InvalidArgumentError: nobody registered it.
+        """
+        return observe.engine_info(self._dispatcher, self._dispatcher.registry.get(engine_id))
+
+    def list_engines(self, state: EngineState | None = None) -> list[EngineInfo]:
+        """Return the engines, all or those in one state."""
+        engines = self._dispatcher.registry.all()
+        found = [observe.engine_info(self._dispatcher, engine) for engine in engines]
+        return [info for info in found if state is None or info.state is state]
+
+    list_registered_engines = list_engines
+
+    def get_engines_for_model(self, model_id: str) -> list[EngineInfo]:
+        """Return the engines that serve a model."""
+        return [info for info in self.list_engines() if info.model_id == model_id]
+
+    def update_engine_state(self, engine_id: str, state: EngineState) -> EngineInfo:
+        """Set an engine's state by hand; READY needs an engine that has answered.
+
+        Raises:
+            InvalidArgumentError: unknown engine, or READY for one that never answered.
+        """
+        return self._engines.set_state_by_hand(engine_id, EngineState(state))
+
+    def record_engine_heartbeat(self, engine_id: str) -> EngineInfo:
+        """An engine says by itself that it lives; one that was given up is probed at once."""
+        engine = self._dispatcher.registry.get(engine_id)
+        engine.info.last_heartbeat = time.time()
+        engine.missed_probes = 0
+        if engine.info.state in (EngineState.ERROR, EngineState.STARTING):
+            self._prober.soon(engine_id)
+        return engine.info
+
+    def record_engine_failure(self, engine_id: str, reason: str = "reported from outside") -> EngineInfo:
+        """Somebody saw an engine fail: it gets nothing until a probe has answered, and its requests go on elsewhere."""
+        engine = self._dispatcher.registry.get(engine_id)
+        self._dispatcher.engine_died(engine_id, reason)
+        self._prober.soon(engine_id)
+        return engine.info
+
+    def start_engine_drain(self, engine_id: str) -> EngineInfo:
+        """Give an engine no new requests; those on it finish."""
+        return self._engines.start_drain(engine_id)
+
+    async def stop_engine_gracefully(self, engine_id: str, timeout_s: float = 30.0) -> EngineInfo:
+        """Drain an engine and stop it; what still runs after `timeout_s` goes on elsewhere, nothing is lost."""
+        return await self._engines.stop_gracefully(engine_id, timeout_s)
+
+    async def request_engine_startup(
+        self, model_id: str, engine_id: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> EngineInfo:
+        """Start an engine through the lifecycle driver and wait until it is READY.
+
+        Raises:
+            UnsupportedError: there is no driver.
+            ModelNotFoundError: the catalogue does not know the model.
+            UnavailableError: it did not become ready; the message has its last words.
+        """
+        return await self._engines.start_managed(model_id, engine_id, options or {})
+
+    async def request_engine_shutdown(self, engine_id: str, timeout_s: float = 30.0) -> EngineInfo:
+        """Drain and stop an engine, and forget it."""
+        info = await self._engines.stop_gracefully(engine_id, timeout_s)
+        self._dispatcher.forget(engine_id)
+        return info
+
+    def prune_stopped_engines(self) -> list[str]:
+        """Forget engines that are STOPPED; return their ids."""
+        return self._engines.prune()
+
+    def engine_logs(self, engine_id: str, lines: int = 200) -> list[str]:
+        """Return the last lines that an engine of ours wrote."""
+        self._dispatcher.registry.get(engine_id)
+        return list(self._driver.logs(engine_id, lines=lines)) if self._driver is not None else []
+
+    # -- models ----------------------------------------------------------------------------------------------------
+
+    def chat_model(self, model_id: str) -> ChatModel:
+        """Return the text side of a served model.
+
+        Raises:
+            ModelNotFoundError: no engine serves it.
+        """
+        return self._engines.chat_model(model_id)
+
+    def list_models(self) -> list[observe.ModelInfo]:
+        """Return the served models."""
+        return observe.models(self._dispatcher, self._engines)
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        """Run a request: start, deltas, end. Closing the generator aborts everything.
+
+        Raises:
+            SageError: before the first event where possible.
+        """
+        entry = self._open(request)
+        generation = entry.generation
+        assert generation is not None
+        status = RequestStatus.CANCELLED
+        try:
+            entry.status = RequestStatus.RUNNING
+            async for event in generation.events():
+                yield event
+            status = RequestStatus.COMPLETED
+        except CancelledRequestError:
+            raise
+        except SageError:
+            status = RequestStatus.FAILED
+            raise
+        finally:
+            generation.close()
+            self._requests.end(request.request_id, status, keep=False)
+
+    def _open(self, request: GenerationRequest) -> RequestEntry:
+        if self._stopping:
+            raise UnavailableError("the control plane is stopping: try another one", retry_after_s=1.0)
+        entry = RequestEntry(Generation(self._dispatcher, self._engines.chat_model(request.model), request))
+        self._requests.begin(request.request_id, entry)
+        return entry
+
+    async def execute_request(self, request: Request) -> Response:
+        """Run a v0.1 request to its end. Failures are in the response's `error`.
+
+        Raises:
+            InvalidArgumentError: the request itself is wrong.
+        """
+        return await self._v01.execute(request)
+
+    def stream_request(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
+        """Run a v0.1 request and yield its events."""
+        return self._v01.stream(request)
+
+    async def submit_request(self, request: Request) -> str:
+        """Run a v0.1 request in the background and return its id; the result can be asked for by it."""
+        return self._v01.submit(request)
+
+    def get_request_status(self, request_id: str) -> RequestStatus:
+        """Return where a request stands.
+
+        Raises:
+            InvalidArgumentError: unknown, or it ended long ago.
+        """
+        entry = self._requests.get(request_id)
+        if entry.status is RequestStatus.RUNNING and entry.generation is not None and entry.generation.waiting:
+            return RequestStatus.QUEUED
+        return entry.status
+
+    async def get_request_result(self, request_id: str, timeout_s: float | None = None) -> Response:
+        """Wait for a submitted request and return its response.
+
+        Raises:
+            InvalidArgumentError: unknown, or its result was never kept (it was streamed).
+            DeadlineExceededError: it did not end within `timeout_s`; it goes on.
+        """
+        return await self._v01.result(request_id, timeout_s)
+
+    def cancel_request(self, request_id: str) -> bool:
+        """Cancel a request, queued or running; False if it is not under way."""
+        entry = self._requests.find_running(request_id)
+        if entry is None or entry.generation is None:
+            return False
+        entry.generation.cancel()
+        return True
+
+    # -- observe ---------------------------------------------------------------------------------------------------
+
+    def get_status(self) -> dict[str, Any]:
+        """Return the state of the control plane as plain data."""
+        return {
+            "running": self._started_at is not None,
+            "mode": self.mode,
+            "scheduling_policy": self._state.scheduling_policy,
+            "routing_strategy": self._state.routing_strategy,
+            "uptime_s": self._uptime(),
+            "engines": [msgspec.to_builtins(info) for info in self.list_engines()],
+            "models": [model.id for model in self.list_models()],
+            "active_requests": self._state.active,
+            "waiting_requests": self._state.waiting(),
+        }
+
+    def get_cluster_status(self) -> dict[str, Any]:
+        """Return engines with their load, by model."""
+        return observe.cluster_status(self._dispatcher)
+
+    def get_metrics(self) -> PerformanceMetrics:
+        """Return what was measured since the start."""
+        return observe.performance(self._state, self._uptime())
+
+    def get_scheduling_metrics(self) -> SchedulingMetrics:
+        """Return what the scheduler did since the start."""
+        return observe.scheduling(self._dispatcher)
+
+    def get_registered_backends(self) -> list[str]:
+        """Return the backends of the registered engines."""
+        known = (engine.description for engine in self._dispatcher.registry.all())
+        return sorted({description.backend for description in known if description is not None})
+
+    def get_engine_health_status(self, engine_id: str | None = None) -> dict[str, Any]:
+        """Return health signs of one engine, or of all by id."""
+        if engine_id is not None:
+            return observe.health(self._dispatcher, self._dispatcher.registry.get(engine_id))
+        return {e.info.engine_id: observe.health(self._dispatcher, e) for e in self._dispatcher.registry.all()}
+
+    def _uptime(self) -> float:
+        return 0.0 if self._started_at is None else time.monotonic() - self._started_at
+
+    # -- policy ----------------------------------------------------------------------------------------------------
+
+    def update_policy(self, name: str) -> None:
+        """Use another scheduling policy from the next request on.
+
+        Raises:
+            InvalidArgumentError: there is none of that name; nothing changes.
+        """
+        policy_named(name)
+        self._dispatcher.feed(PolicyChanged(scheduling_policy=name))
+
+    def update_routing(self, name: str) -> None:
+        """Use another routing strategy from the next request on.
+
+        Raises:
+            InvalidArgumentError: there is none of that name; nothing changes.
+        """
+        route_named(name)
+        self._dispatcher.feed(PolicyChanged(routing_strategy=name))
+
+
+def _configured(config: CoreConfig, scheduling: str | None, routing: str | None, interval: float | None) -> CoreConfig:
+    changes: dict[str, Any] = {
+        "scheduling_policy": policy_named(scheduling or config.scheduling_policy).name,
+        "routing_strategy": routing or config.routing_strategy,
+    }
+    route_named(changes["routing_strategy"])
+    if interval is not None:
+        if interval <= 0.0:
+            raise InvalidArgumentError(
+                f"health_check_interval is {interval}: it must be above 0 seconds", param="health_check_interval"
+            )
+        changes["health"] = msgspec.structs.replace(config.health, interval_s=interval)
+    return msgspec.structs.replace(config, **changes)
