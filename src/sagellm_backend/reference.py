@@ -245,7 +245,7 @@ class ReferenceRunner:
         scale, window, cap = spec.attention_scale, spec.window(layer), spec.attention_softcap
         for part, table, start in rows.sequences:
             out[part] = attend(q[part], keys, values, table, start, scale=scale, window=window, cap=cap)
-        return self._linear(layer, "o", out.reshape(x.shape[0], -1), rows)
+        return self._linear(layer, "o", out.reshape(-1, spec.n_heads * spec.head_dim), rows)
 
     def _heads(self, layer: int, name: str, x: Float32, rows: _Rows, heads: int) -> Float32:
         """Projection of q or k with its norm, (rows, heads, head_dim)."""
