@@ -70,7 +70,11 @@ class _Forwarding(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         holder, attribute = _successor(self.__name__, name)
-        return getattr(holder, attribute)
+        try:
+            return getattr(holder, attribute)
+        except AttributeError:
+            where = holder.__name__
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r} (looked in {where})") from None
 
     def __setattr__(self, name: str, value: object) -> None:
         if _stays(self.__name__, name, value):
@@ -112,8 +116,6 @@ def _successor(old: str, name: str) -> tuple[ModuleType, str]:
         raise ImportError(
             f"{old}.{name} is {target.path} now: pip install 'isagellm[{extra}]' ({error})", name=old
         ) from error
-    if not hasattr(module, target.name):
-        raise AttributeError(f"module {old!r} has no attribute {name!r} (looked in {target.module})")
     return module, target.name
 
 
