@@ -19,11 +19,11 @@ from sagellm import store
 from sagellm_protocol.errors import InvalidArgumentError, ModelNotFoundError
 
 if TYPE_CHECKING:
-    from sagellm_control_plane.manager import ControlPlaneManager
     from starlette.applications import Starlette
 
     from sagellm.asgi import AsgiApp
     from sagellm_control_plane.live.lifecycle import EngineSpec
+    from sagellm_control_plane.manager import ControlPlaneManager
     from sagellm_core.config import EngineConfig
     from sagellm_gateway.config import GatewayConfig
     from sagellm_gateway.context import Gateway
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["House", "StoreCatalog", "build_server", "engine_config", "start_embedded"]
 
 MOCK = "mock"
+DEFAULT_CONTEXT = 8192
 
 
 def engine_config(model: str, changes: Mapping[str, Any] | None = None, *, name: str | None = None) -> EngineConfig:
@@ -65,14 +66,22 @@ def engine_config(model: str, changes: Mapping[str, Any] | None = None, *, name:
 
 
 def load_text_side(config: EngineConfig, context_length: int | None = None) -> ChatModel:
-    """Return template, tokenizer and parsers of the configured model."""
+    """Return template, tokenizer and parsers of the configured model.
+
+    `context_length` is the engine's; without it the rule of `sagellm_core.config.Limits` applies: what is configured, else the
+    model's own, at most 8192.
+    """
+    wanted = context_length or config.limits.n_ctx
     if config.is_mock:
         from sagellm_core.text.bytes_model import ByteChatModel
 
-        return ByteChatModel(config.served_id, context_length or config.limits.n_ctx or 8192)
+        return ByteChatModel(config.served_id, wanted or DEFAULT_CONTEXT)
     from sagellm_core.text import load_chat_model
 
-    return load_chat_model(Path(config.model), config.served_id, context_length)
+    model = load_chat_model(Path(config.model), config.served_id, wanted)
+    if wanted is None and model.context_length > DEFAULT_CONTEXT:
+        model = load_chat_model(Path(config.model), config.served_id, DEFAULT_CONTEXT)
+    return model
 
 
 class StoreCatalog:
@@ -175,7 +184,8 @@ class House:
             SageError: it could not be started; the message has its last words.
         """
         info = await self.manager.request_engine_startup(model_id, engine_id=engine_id)
-        return f"{engine_id} is up: {info}"
+        client = self.manager.get_engine_info(engine_id)
+        return f"{engine_id}: {info.model_id}, pid {client.pid}"
 
     async def close(self) -> None:
         """Stop the control plane and all engines."""

@@ -35,6 +35,10 @@ COMMANDS: dict[str, Command] = {
     "list": Command("sagellm.cli.list", "Show the models on this machine", _MODELS),
     "rm": Command("sagellm.cli.rm", "Delete a model from this machine", _MODELS),
     "info": Command("sagellm.cli.info", "Show this installation and machine", _OPERATE),
+    "doctor": Command(
+        "sagellm.cli.doctor", "Check the installation and the machine, with the cure of what is wrong", _OPERATE
+    ),
+    "config": Command("sagellm.cli.config", "Show settings and where they come from", _OPERATE),
     "migrate": Command("sagellm.migrate.cli", "Rewrite a code base from the old names to the new", _OPERATE, "migrate"),
     "arch": Command("sagellm.migrate.cli", "Check a code base against the architecture's rules", _OPERATE, "arch"),
     "version": Command("sagellm.cli.version", "Print the version", _OPERATE),

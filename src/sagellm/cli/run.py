@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sagellm import store
 from sagellm.cli import engine_flags as flags
 from sagellm.cli.common import human_bytes, single
 from sagellm_protocol.errors import InvalidArgumentError
@@ -39,8 +40,8 @@ def run(
     script: flags.Script = None,
 ) -> None:
     """Chat with a model, or answer one prompt."""
-    if mock and not model:
-        model = "mock"
+    if mock and prompt is None and not _names_a_model(model):
+        model, prompt = "mock", model or None  # `run --mock "hello"`: the only word is the prompt
     if not model:
         raise typer.BadParameter(
             "name a model, such as smollm2:135m (sage-llm list shows what is here)", param_hint="MODEL"
@@ -69,6 +70,10 @@ def run(
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     asyncio.run(_answer(model, changes, messages, options, verbose=verbose))
+
+
+def _names_a_model(text: str) -> bool:
+    return bool(text) and (text == "mock" or store.layout.looks_like_path(text) or " " not in text)
 
 
 async def _answer(

