@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
@@ -93,6 +93,15 @@ class ChatModel(Protocol):
     @property
     def context_length(self) -> int:
         """Tokens, prompt and output together."""
+        ...
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, float]:
+        """Sampling that the model's makers recommend (temperature, top_p, top_k, min_p, repetition_penalty).
+
+        From the file's metadata or a ``generation_config.json`` beside it; empty where neither speaks. A dialect uses them for
+        parameters that a request leaves out.
+        """
         ...
 
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
