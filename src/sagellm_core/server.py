@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import logging
 import os
 import signal
@@ -41,7 +42,7 @@ EXIT_ENGINE_DIED = 4
 
 TOKEN_VARIABLE = "SAGELLM_ENGINE_TOKEN"  # noqa: S105 (a name, not a token)
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("sagellm_core.server")
 
 
 class EngineServer:
@@ -276,6 +277,7 @@ def _remove_socket(address: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the process; return its exit status."""
     args = _parser().parse_args(argv)
+    faulthandler.enable()
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         listener, token = _listen(args)

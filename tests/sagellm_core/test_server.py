@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from sagellm_core.listener import listen_tcp, listen_unix
-from sagellm_core.server import EXIT_ENGINE_DIED, EXIT_OK, EngineServer, main
+from sagellm_core.server import EXIT_ENGINE_DIED, EXIT_OK, EngineServer
 from sagellm_protocol import EngineRequest, SamplingParams, wire
 from sagellm_protocol.errors import ErrorCode, InvalidArgumentError, UnavailableError
 
@@ -363,13 +363,28 @@ def test_long_socket_path(tmp_path):
         listen_unix(tmp_path / ("x" * 120))
 
 
-def test_tcp_without_token(monkeypatch, capsys):
+def run_module(*argv: str) -> subprocess.CompletedProcess[str]:
+    environ = {k: v for k, v in os.environ.items() if k != "SAGELLM_ENGINE_TOKEN"}
+    command = [sys.executable, "-m", "sagellm_core.server", *argv]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_tcp_without_token():
     """TCP without a token does not start, and says which variable to set."""
-    monkeypatch.delenv("SAGELLM_ENGINE_TOKEN", raising=False)
-    with pytest.raises(SystemExit) as exit_info:
-        main(["--config", "{}", "--tcp", "127.0.0.1:0"])
-    assert exit_info.value.code == 3
-    assert "set SAGELLM_ENGINE_TOKEN" in capsys.readouterr().err
+    done = run_module("--config", '{"model":"mock"}', "--tcp", "127.0.0.1:0")
+    assert (done.returncode, done.stderr) == (
+        3,
+        "engine cannot start: --tcp needs a token: set SAGELLM_ENGINE_TOKEN, or use --socket\n",
+    )
+
+
+@pytest.mark.parametrize("config", ["nonsense", '{"model":"mock","colour":1}', '{"model":"/no/such/model.gguf"}'])
+def test_bad_configuration(tmp_path, config):
+    """A configuration that cannot be used, or a missing model file, is one line on stderr and status 3."""
+    done = run_module("--config", config, "--socket", str(tmp_path / "s"))
+    assert done.returncode == 3
+    assert done.stderr.startswith("engine cannot start: ")
+    assert done.stderr.count("\n") == 1
 
 
 def spawn(

@@ -1,0 +1,416 @@
+"""Engines as processes of this machine: start, wait for readiness, watch, restart with a growing pause, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+
+import msgspec
+
+from sagellm_control_plane.live.child import Child, describe_exit
+from sagellm_control_plane.live.engine_log import EngineLog
+from sagellm_control_plane.live.lifecycle import EngineExit, EngineSpec, LifecycleListener
+from sagellm_control_plane.live.wire_client import WireEngineClient, WireTimeouts
+from sagellm_protocol.errors import InvalidArgumentError, SageError, UnavailableError
+from sagellm_protocol.ports import EngineClient
+from sagellm_protocol.wire import StartReport
+
+__all__ = ["ArgvFactory", "ProcessDriver", "ProcessInfo", "ProcessOptions", "ProcessState"]
+
+ArgvFactory = Callable[[EngineSpec, str], Sequence[str]]
+"""(what to start, path of its Unix socket) -> command line. The driver adds ``--status-fd`` and ``--parent-fd``."""
+
+_log = logging.getLogger(__name__)
+
+_KILL_WAIT_S = 10.0
+_DUMP_WAIT_S = 1.0
+_ROTATE_EVERY_S = 5.0
+
+
+class ProcessState(str, Enum):
+    """Where an engine process is in its life."""
+
+    STARTING = "starting"
+    READY = "ready"
+    BACKOFF = "backoff"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class ProcessInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine process as people see it; `started_at` is in unix seconds."""
+
+    engine_id: str
+    model_id: str
+    state: ProcessState
+    pid: int
+    restarts: int
+    started_at: float
+    address: str
+    log: str
+    reason: str = ""
+
+
+class ProcessOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Where things lie and how long they take.
+
+    Attributes:
+        run_dir: for sockets; short, because a socket's path has at most 107 bytes.
+        log_dir: for ``<engine>.log``.
+        log_bytes: of each log; twice that is kept.
+        timeouts: of the connections.
+    """
+
+    run_dir: Path
+    log_dir: Path
+    log_bytes: int = 16 * 2**20
+    timeouts: WireTimeouts = WireTimeouts()
+
+    @classmethod
+    def default(cls) -> ProcessOptions:
+        """Return the user's own directories: the runtime directory, and the state directory for logs."""
+        runtime = os.environ.get("XDG_RUNTIME_DIR")
+        run_dir = Path(runtime, "isagellm") if runtime else Path(tempfile.gettempdir(), f"isagellm-{os.getuid()}")
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        return cls(run_dir=run_dir, log_dir=Path(state, "isagellm", "logs"))
+
+
+class _Engine:
+    """One supervised engine, over all its restarts."""
+
+    def __init__(self, spec: EngineSpec, listener: LifecycleListener, address: Path, log: EngineLog) -> None:
+        self.spec = spec
+        self.listener = listener
+        self.address = address
+        self.log = log
+        self.state = ProcessState.STARTING
+        self.child: Child | None = None
+        self.client: WireEngineClient | None = None
+        self.parent_fd: int | None = None
+        self.failures = 0
+        self.restarts = 0
+        self.started_at = 0.0
+        self.reason = ""
+        self.supervisor: asyncio.Task[None] | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is, or will be, served."""
+        return self.state not in (ProcessState.STOPPED, ProcessState.FAILED)
+
+    def info(self) -> ProcessInfo:
+        """Return it for people."""
+        return ProcessInfo(
+            engine_id=self.spec.engine_id,
+            model_id=self.spec.model_id,
+            state=self.state,
+            pid=self.child.pid if self.child is not None and self.alive else 0,
+            restarts=self.restarts,
+            started_at=self.started_at,
+            address=str(self.address),
+            log=str(self.log.path),
+            reason=self.reason,
+        )
+
+
+class ProcessDriver:
+    """A `LifecycleDriver` for processes on this machine.
+
+    The processes end when this one does, however it ends: each follows a pipe whose other end is here.
+
+    Args:
+        argv: makes the command line of an engine.
+        options: directories and times.
+        on_change: told of every change of state, on the event loop.
+    """
+
+    def __init__(
+        self,
+        argv: ArgvFactory,
+        options: ProcessOptions | None = None,
+        *,
+        on_change: Callable[[ProcessInfo], None] | None = None,
+    ) -> None:
+        self._argv = argv
+        self._options = options or ProcessOptions.default()
+        self._on_change = on_change
+        self._engines: dict[str, _Engine] = {}
+        self._rotator: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        """``process``."""
+        return "process"
+
+    def processes(self) -> list[ProcessInfo]:
+        """Return every engine that was started, also those that have ended."""
+        return [engine.info() for engine in self._engines.values()]
+
+    async def start_engine(self, spec: EngineSpec, listener: LifecycleListener) -> EngineClient:
+        """Start an engine and wait until it answers.
+
+        A first start that fails is not tried again: its error is raised as the engine reported it.
+
+        Raises:
+            SageError: the engine's own error (`ModelFileError`, `ResourceExhaustedError`, ...).
+            UnavailableError: it ended or did not answer within `spec.ready_timeout_s`; the message has its last words.
+            InvalidArgumentError: an engine of that id is running.
+        """
+        known = self._engines.get(spec.engine_id)
+        if known is not None and known.alive:
+            raise InvalidArgumentError(f"engine {spec.engine_id!r} is running: choose another id", param="engine_id")
+        engine = _Engine(spec, listener, self._socket_path(spec.engine_id), self._log_of(spec.engine_id))
+        self._engines[spec.engine_id] = engine
+        if self._rotator is None:
+            self._rotator = asyncio.create_task(self._rotate_logs())
+        try:
+            client = await self._launch(engine)
+        except BaseException as exc:
+            await self._end_child(engine, 0.0)
+            if engine.state is ProcessState.STARTING:
+                engine.reason = exc.message if isinstance(exc, SageError) else "the start was given up"
+                self._enter(engine, ProcessState.FAILED)
+            raise
+        engine.supervisor = asyncio.create_task(self._supervise(engine))
+        engine.supervisor.add_done_callback(_report_bug)
+        return client
+
+    async def stop_engine(self, engine_id: str, *, grace_s: float = 10.0) -> None:
+        """Ask the engine to finish and end, wait `grace_s`, then kill it. No restart. Idempotent."""
+        engine = self._engines.get(engine_id)
+        if engine is None or not engine.alive or engine.state is ProcessState.STOPPING:
+            return
+        self._enter(engine, ProcessState.STOPPING)
+        if engine.supervisor is not None:
+            engine.supervisor.cancel()
+            await asyncio.wait([engine.supervisor])
+        running = engine.child is not None and engine.child.returncode is None
+        returncode = await self._end_child(engine, grace_s)
+        engine.reason = "stopped"
+        self._enter(engine, ProcessState.STOPPED)
+        if running:
+            self._tell_exit(engine, returncode, "stopped", None)
+
+    async def restart_engine(self, engine_id: str) -> None:
+        """Kill an engine that makes no progress; its restart policy brings it back. Its stacks go to its log first.
+
+        Raises:
+            InvalidArgumentError: no such engine is running.
+        """
+        engine = self._engines.get(engine_id)
+        if engine is None or engine.child is None or not engine.alive:
+            raise InvalidArgumentError(f"engine {engine_id!r} is not running", param="engine_id")
+        child = engine.child
+        child.dump()
+        try:
+            await child.wait(_DUMP_WAIT_S)
+        except asyncio.TimeoutError:
+            child.kill()
+            await child.wait()
+
+    def logs(self, engine_id: str, *, lines: int = 200) -> Sequence[str]:
+        """Return the last lines that the engine wrote, also one of an earlier run."""
+        engine = self._engines.get(engine_id)
+        return (engine.log if engine is not None else self._log_of(engine_id)).tail(lines)
+
+    async def close(self) -> None:
+        """Stop all engines."""
+        await asyncio.gather(*(self.stop_engine(engine_id) for engine_id in list(self._engines)))
+        if self._rotator is not None:
+            self._rotator.cancel()
+            self._rotator = None
+
+    # one start
+
+    async def _launch(self, engine: _Engine) -> EngineClient:
+        spec = engine.spec
+        self._enter(engine, ProcessState.STARTING)
+        deadline = time.monotonic() + spec.ready_timeout_s
+        status_fd = self._spawn(engine)
+        try:
+            line = await asyncio.wait_for(_read_line(status_fd), spec.ready_timeout_s)
+        except asyncio.TimeoutError:
+            raise UnavailableError(
+                f"engine {spec.engine_id!r} was not ready within {spec.ready_timeout_s:g} s{_quoted(engine.log.last_words())}"
+            ) from None
+        finally:
+            os.close(status_fd)
+        await self._check_report(engine, line)
+        client = WireEngineClient(spec.engine_id, str(engine.address), timeouts=self._options.timeouts)
+        engine.client = client
+        try:
+            await asyncio.wait_for(client.connect(), max(1.0, deadline - time.monotonic()))
+        except asyncio.TimeoutError:
+            raise UnavailableError(f"engine {spec.engine_id!r} is up and does not answer") from None
+        assert engine.child is not None
+        self._enter(engine, ProcessState.READY)
+        engine.listener.engine_ready(spec.engine_id, client, engine.child.pid)
+        return client
+
+    def _spawn(self, engine: _Engine) -> int:
+        """Start the process; return the file descriptor on which it reports."""
+        try:
+            self._options.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            log_fd = engine.log.open()
+        except OSError as exc:
+            raise UnavailableError(
+                f"cannot write to {exc.filename}: {exc.strerror}: choose another directory"
+            ) from None
+        status_read, status_write = os.pipe()
+        parent_read, parent_write = os.pipe()
+        argv = [*self._argv(engine.spec, str(engine.address))]
+        argv += ["--status-fd", str(status_write), "--parent-fd", str(parent_read)]
+        try:
+            engine.child = Child.spawn(argv, log_fd=log_fd, pass_fds=[status_write, parent_read])
+        except OSError as exc:
+            os.close(status_read)
+            os.close(parent_write)
+            raise UnavailableError(
+                f"engine {engine.spec.engine_id!r} cannot be executed: {exc.strerror}: check {argv[0]!r}"
+            ) from None
+        finally:
+            for fd in (status_write, parent_read, log_fd):
+                os.close(fd)
+        engine.parent_fd = parent_write
+        engine.started_at = time.time()
+        return status_read
+
+    async def _check_report(self, engine: _Engine, line: bytes) -> None:
+        assert engine.child is not None
+        if not line:
+            returncode = await engine.child.wait()
+            raise UnavailableError(
+                f"engine {engine.spec.engine_id!r} {describe_exit(returncode)} while it started"
+                f"{_quoted(engine.log.last_words())}"
+            )
+        try:
+            report = msgspec.json.decode(line, type=StartReport)
+        except msgspec.MsgspecError:
+            raise UnavailableError(f"engine {engine.spec.engine_id!r} reported nonsense while it started") from None
+        if report.error is not None:
+            raise SageError.from_wire(report.error)
+
+    # its life
+
+    async def _supervise(self, engine: _Engine) -> None:
+        """Wait for the end, tell, and start again, until the policy gives up."""
+        policy = engine.spec.restart
+        while True:
+            assert engine.child is not None
+            ready_since = time.monotonic()
+            returncode: int | None = await engine.child.wait()
+            await self._end_child(engine, 0.0)
+            if time.monotonic() - ready_since >= policy.stable_s:
+                engine.failures = 0
+            reason = describe_exit(returncode or 0) + _quoted(engine.log.last_words())
+            while True:
+                engine.failures += 1
+                engine.reason = reason
+                if not policy.enabled or engine.failures > policy.max_attempts:
+                    self._enter(engine, ProcessState.FAILED)
+                    self._tell_exit(engine, returncode, reason, None)
+                    return
+                delay = min(policy.first_delay_s * 2 ** (engine.failures - 1), policy.max_delay_s)
+                self._enter(engine, ProcessState.BACKOFF)
+                self._tell_exit(engine, returncode, reason, delay)
+                await asyncio.sleep(delay)
+                try:
+                    engine.restarts += 1
+                    await self._launch(engine)
+                    break
+                except SageError as exc:
+                    returncode, reason = await self._end_child(engine, 0.0), exc.message
+
+    async def _end_child(self, engine: _Engine, grace_s: float) -> int | None:
+        """End the process and what belongs to it; return its exit status."""
+        child = engine.child
+        if child is not None and child.returncode is None:
+            if grace_s > 0:
+                child.terminate()
+            try:
+                await child.wait(grace_s)
+            except asyncio.TimeoutError:
+                child.kill()
+                await child.wait(_KILL_WAIT_S)
+        if engine.parent_fd is not None:
+            os.close(engine.parent_fd)
+            engine.parent_fd = None
+        if engine.client is not None:
+            await engine.client.close()
+            engine.client = None
+        engine.address.unlink(missing_ok=True)
+        return child.returncode if child is not None else None
+
+    def _enter(self, engine: _Engine, state: ProcessState) -> None:
+        engine.state = state
+        if self._on_change is not None:
+            self._on_change(engine.info())
+
+    def _tell_exit(self, engine: _Engine, returncode: int | None, reason: str, restart_in_s: float | None) -> None:
+        engine.listener.engine_exited(
+            EngineExit(
+                engine_id=engine.spec.engine_id,
+                pid=engine.child.pid if engine.child is not None else 0,
+                returncode=returncode,
+                reason=reason,
+                restart_in_s=restart_in_s,
+            )
+        )
+
+    # files
+
+    def _socket_path(self, engine_id: str) -> Path:
+        digest = hashlib.blake2b(f"{os.getpid()} {engine_id}".encode(), digest_size=6).hexdigest()
+        return self._options.run_dir / f"{_file_name(engine_id)[:24]}-{digest}.sock"
+
+    def _log_of(self, engine_id: str) -> EngineLog:
+        return EngineLog(self._options.log_dir / f"{_file_name(engine_id)}.log", self._options.log_bytes)
+
+    async def _rotate_logs(self) -> None:
+        while True:
+            await asyncio.sleep(_ROTATE_EVERY_S)
+            for engine in self._engines.values():
+                engine.log.rotate()
+
+
+def _file_name(engine_id: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "_", engine_id) or "_"
+
+
+def _quoted(words: str) -> str:
+    return f": {words}" if words else ""
+
+
+def _report_bug(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        _log.error("the supervisor of an engine failed", exc_info=task.exception())
+
+
+async def _read_line(fd: int) -> bytes:
+    """Return the first line that comes from a pipe; empty if it ends without one."""
+    loop = asyncio.get_running_loop()
+    os.set_blocking(fd, False)
+    line: asyncio.Future[bytes] = loop.create_future()
+    buffer = bytearray()
+
+    def readable() -> None:
+        chunk = os.read(fd, 65536)
+        buffer.extend(chunk)
+        if (b"\n" in chunk or not chunk) and not line.done():
+            line.set_result(bytes(buffer).partition(b"\n")[0] if b"\n" in buffer else b"")
+            loop.remove_reader(fd)
+
+    loop.add_reader(fd, readable)
+    try:
+        return await line
+    finally:
+        loop.remove_reader(fd)

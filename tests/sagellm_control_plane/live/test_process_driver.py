@@ -1,0 +1,332 @@
+"""The driver over real processes: `counting_engine.py` in place of a model, and the mock engine where it matters."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from sagellm_control_plane.live.engine_log import EngineLog
+from sagellm_control_plane.live.lifecycle import EngineExit, EngineSpec, RestartPolicy
+from sagellm_control_plane.live.process_driver import ProcessDriver, ProcessOptions, ProcessState
+from sagellm_protocol import EngineRequest, SamplingParams
+from sagellm_protocol.errors import EngineDiedError, InvalidArgumentError, ModelFileError, UnavailableError
+from sagellm_protocol.ports import EngineClient
+
+COUNTING = Path(__file__).parents[2] / "sagellm_core" / "counting_engine.py"
+FAST = RestartPolicy(first_delay_s=0.01, max_delay_s=0.05, max_attempts=3)
+
+
+def argv(spec: EngineSpec, socket: str) -> list[str]:
+    config = msgspec.json.encode(dict(spec.config) | {"engine_id": spec.engine_id}).decode()
+    return [sys.executable, str(COUNTING), "--config", config, "--socket", socket, "--heartbeat", "0.2"]
+
+
+def spec(engine_id: str = "e", **config: object) -> EngineSpec:
+    return EngineSpec(engine_id=engine_id, model_id="count", config=config, ready_timeout_s=30, restart=FAST)
+
+
+def request(last: int = 100, max_tokens: int = 5, request_id: str = "r") -> EngineRequest:
+    return EngineRequest(
+        request_id=request_id, prompt_token_ids=(last,), sampling=SamplingParams(seed=1, max_tokens=max_tokens)
+    )
+
+
+async def tokens(client: EngineClient, **kwargs: int) -> list[int]:
+    return [t async for delta in client.stream(request(**kwargs)) for t in delta.token_ids]
+
+
+class Listener:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.ready: asyncio.Queue[tuple[str, EngineClient, int]] = asyncio.Queue()
+        self.exits: asyncio.Queue[EngineExit] = asyncio.Queue()
+
+    def engine_ready(self, engine_id: str, client: EngineClient, pid: int) -> None:
+        self.ready.put_nowait((engine_id, client, pid))
+
+    def engine_exited(self, event: EngineExit) -> None:
+        self.exits.put_nowait(event)
+
+
+@pytest.fixture
+def options(tmp_path):
+    return ProcessOptions(run_dir=tmp_path / "run", log_dir=tmp_path / "logs")
+
+
+@pytest.fixture
+async def driver(options):
+    states: list[tuple[str, ProcessState]] = []
+    driver = ProcessDriver(argv, options, on_change=lambda info: states.append((info.engine_id, info.state)))
+    driver.states = states
+    yield driver
+    await driver.close()
+    for info in driver.processes():
+        assert info.pid == 0
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def test_start_serve_stop(driver):
+    """An engine starts, is announced, serves, and ends when it is stopped; its log is kept and its socket is not."""
+    listener = Listener()
+    client = await driver.start_engine(spec(), listener)
+    engine_id, announced, pid = listener.ready.get_nowait()
+    assert (engine_id, announced) == ("e", client)
+    assert await tokens(client) == [101, 102, 103, 104, 105]
+    (info,) = driver.processes()
+    assert (info.state, info.pid) == (ProcessState.READY, pid)
+    await driver.stop_engine("e")
+    await driver.stop_engine("e")
+    assert not alive(pid)
+    assert not os.path.exists(info.address)  # noqa: ASYNC240, PTH110
+    assert "building the engine" in driver.logs("e")[0]
+    event = listener.exits.get_nowait()
+    assert (event.returncode, event.restart_in_s, event.pid) == (0, None, pid)
+    assert [s.value for _, s in driver.states] == ["starting", "ready", "stopping", "stopped"]
+
+
+async def test_kill_9(driver):
+    """After kill -9 open streams end with EngineDiedError, the driver starts the engine again, and a new client serves."""
+    listener = Listener()
+    client = await driver.start_engine(spec(step_s=0.01), listener)
+    pid = (await listener.ready.get())[2]
+    stream = client.stream(request(max_tokens=10_000))
+    await anext(stream)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(EngineDiedError):
+        async for _ in stream:
+            pass
+    event = await listener.exits.get()
+    assert (event.pid, event.returncode, event.restart_in_s) == (pid, -9, 0.01)
+    assert "SIGKILL" in event.reason
+    _, fresh, new_pid = await listener.ready.get()
+    assert new_pid != pid
+    assert await tokens(fresh) == [101, 102, 103, 104, 105]
+    assert driver.processes()[0].restarts == 1
+
+
+async def test_mock_engine_survives_kill_9(options):
+    """The real engine process over the mock device is killed in mid-stream; its successor draws the same tokens, blocks all free."""
+
+    def mock(spec: EngineSpec, socket: str) -> list[str]:
+        config = msgspec.json.encode({"model": "mock", "engine_id": spec.engine_id, "mock": {"scale": 0.1}}).decode()
+        return [sys.executable, "-m", "sagellm_core.server", "--config", config, "--socket", socket]
+
+    driver, listener = ProcessDriver(mock, options), Listener()
+    client = await driver.start_engine(spec(), listener)
+    pid = (await listener.ready.get())[2]
+    sampling = SamplingParams(seed=7, max_tokens=200, ignore_eos=True)
+    whole = EngineRequest(request_id="a", prompt_token_ids=(72, 105), sampling=sampling)
+    expected = [t async for delta in client.stream(whole) for t in delta.token_ids]
+    stream, seen = client.stream(msgspec.structs.replace(whole, request_id="b")), []
+    with pytest.raises(EngineDiedError):  # noqa: PT012
+        async for delta in stream:
+            seen += delta.token_ids
+            if len(seen) > 20:
+                os.kill(pid, signal.SIGKILL)
+    assert expected[: len(seen)] == seen
+    _, fresh, _ = await listener.ready.get()
+    rest = msgspec.structs.replace(whole, request_id="b", emitted_token_ids=tuple(seen))
+    seen += [t async for delta in fresh.stream(rest) for t in delta.token_ids]
+    assert seen == expected
+    assert (await fresh.status()).blocks_used == 0
+    await driver.close()
+
+
+async def test_crash_loop_has_an_end(driver, tmp_path):
+    """An engine that dies again and again is given up after the allowed attempts, with growing pauses."""
+    listener, crash = Listener(), tmp_path / "crash"
+    await driver.start_engine(spec(crash_file=str(crash)), listener)
+    pid = (await listener.ready.get())[2]
+    crash.touch()
+    os.kill(pid, signal.SIGKILL)
+    delays = []
+    while (event := await listener.exits.get()).restart_in_s is not None:
+        delays.append(event.restart_in_s)
+    assert delays == [0.01, 0.02, 0.04]
+    assert event.returncode == 9
+    assert driver.processes()[0].state is ProcessState.FAILED
+    crash.unlink()
+    await driver.start_engine(spec(), listener)
+
+
+async def test_a_crash_loop_that_heals(driver, tmp_path):
+    """When the cause of a crash loop goes away within the allowed attempts the engine serves again."""
+    listener, crash = Listener(), tmp_path / "crash"
+    await driver.start_engine(spec(crash_file=str(crash)), listener)
+    pid = (await listener.ready.get())[2]
+    crash.touch()
+    os.kill(pid, signal.SIGKILL)
+    await listener.exits.get()
+    await listener.exits.get()
+    crash.unlink()
+    _, client, _ = await listener.ready.get()
+    assert len(await tokens(client)) == 5
+
+
+async def test_start_failure_is_the_engines_own_error(driver):
+    """A start that fails raises the engine's typed error, once, and leaves nothing running."""
+    listener = Listener()
+    with pytest.raises(ModelFileError, match="truncated at byte 12"):
+        await driver.start_engine(spec(bad_model=True), listener)
+    assert listener.ready.empty()
+    assert listener.exits.empty()
+    (info,) = driver.processes()
+    assert (info.state, info.pid) == (ProcessState.FAILED, 0)
+
+
+async def test_crash_while_starting_has_last_words(driver, tmp_path):
+    """A process that dies before it is ready is reported with its exit status and its last words."""
+    (tmp_path / "crash").touch()
+    with pytest.raises(UnavailableError, match="ended with status 9 while it started"):
+        await driver.start_engine(spec(crash_file=str(tmp_path / "crash")), Listener())
+
+
+async def test_not_ready_in_time(driver):
+    """A process that does not get ready is killed after the timeout."""
+    slow = msgspec.structs.replace(spec(hang=True), ready_timeout_s=0.3)
+    with pytest.raises(UnavailableError, match=r"not ready within 0\.3 s"):
+        await driver.start_engine(slow, Listener())
+    assert driver.processes()[0].pid == 0
+
+
+async def test_cancelled_start_kills_the_process(driver):
+    """Giving up on a start leaves no process behind."""
+    task = asyncio.create_task(driver.start_engine(spec(hang=True), Listener()))
+    await asyncio.sleep(0.2)
+    pid = driver.processes()[0].pid
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not alive(pid)
+
+
+async def test_no_such_program(options):
+    """A command that cannot be executed is an error that names it."""
+    driver = ProcessDriver(lambda spec, socket: ["/no/such/program"], options)
+    with pytest.raises(UnavailableError, match="No such file or directory: check '/no/such/program'"):
+        await driver.start_engine(spec(), Listener())
+    await driver.close()
+
+
+async def test_same_id_twice(driver):
+    """A second engine of the same id is refused while the first lives."""
+    await driver.start_engine(spec(), Listener())
+    with pytest.raises(InvalidArgumentError, match="'e' is running"):
+        await driver.start_engine(spec(), Listener())
+
+
+async def test_stop_lets_sequences_finish(driver):
+    """Stopping gives running sequences the grace time and loses none that fits into it."""
+    client = await driver.start_engine(spec(step_s=0.02), Listener())
+    stream = client.stream(request(max_tokens=20))
+    seen = list((await anext(stream)).token_ids)
+    stopping = asyncio.create_task(driver.stop_engine("e"))
+    async for delta in stream:
+        seen += delta.token_ids
+    assert seen == list(range(101, 121))
+    await stopping
+
+
+async def test_stop_kills_what_does_not_end(driver):
+    """An engine that does not end within the grace time is killed."""
+    listener = Listener()
+    client = await driver.start_engine(spec(), listener)
+    pid = listener.ready.get_nowait()[2]
+    stuck = asyncio.ensure_future(tokens(client, last=3))
+    await asyncio.sleep(0.1)
+    await driver.stop_engine("e", grace_s=0.2)
+    assert not alive(pid)
+    assert listener.exits.get_nowait().returncode == -9
+    with pytest.raises(EngineDiedError):
+        await stuck
+
+
+async def test_restart_of_a_hung_engine_leaves_its_stacks(driver):
+    """A hung engine that is restarted writes the stacks of its threads to its log, and comes back."""
+    listener = Listener()
+    client = await driver.start_engine(spec(), listener)
+    await listener.ready.get()
+    stuck = asyncio.ensure_future(tokens(client, last=3))
+    await asyncio.sleep(0.3)
+    await driver.restart_engine("e")
+    with pytest.raises(EngineDiedError):
+        await stuck
+    _, fresh, _ = await listener.ready.get()
+    assert len(await tokens(fresh)) == 5
+    log = "\n".join(driver.logs("e"))
+    assert "Fatal Python error: Aborted" in log
+    assert "counting_engine.py" in log
+
+
+async def test_stop_during_the_pause(driver):
+    """An engine can be stopped while it waits for its restart."""
+    listener = Listener()
+    patient = msgspec.structs.replace(spec(), restart=RestartPolicy(first_delay_s=60))
+    await driver.start_engine(patient, listener)
+    os.kill((await listener.ready.get())[2], signal.SIGKILL)
+    assert (await listener.exits.get()).restart_in_s == 30.0  # the longest pause
+    await driver.stop_engine("e")
+    assert driver.processes()[0].state is ProcessState.STOPPED
+
+
+async def test_engines_end_with_their_driver(options, tmp_path):
+    """When the process with the driver is killed by SIGKILL its engines end too."""
+    code = f"""
+import asyncio, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_process_driver import *
+async def main():
+    driver = ProcessDriver(argv, ProcessOptions(run_dir=Path({str(options.run_dir)!r}), log_dir=Path({str(options.log_dir)!r})))
+    listener = Listener()
+    await driver.start_engine(spec(), listener)
+    print(listener.ready.get_nowait()[2], flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)  # noqa: ASYNC220
+    pid = int(await asyncio.to_thread(parent.stdout.readline))
+    fd = os.pidfd_open(pid)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_reader(fd, ended.set)
+    await asyncio.wait_for(ended.wait(), 20)
+    asyncio.get_running_loop().remove_reader(fd)
+    os.close(fd)
+
+
+def test_log_rotation(tmp_path):
+    """A log over its limit moves to the older part, the writer goes on, and the tail reads across both."""
+    log = EngineLog(tmp_path / "d" / "e.log", max_bytes=100)
+    fd = log.open()
+    for k in range(20):
+        os.write(fd, f"line {k}\n".encode())
+    log.rotate()
+    os.write(fd, b"line 20\n")
+    os.close(fd)
+    assert log.path.stat().st_size == 8
+    assert log.tail(3) == ["line 18", "line 19", "line 20"]
+    assert log.tail(0) == []
+    assert log.last_words() == "line 20"
+    assert log.path.stat().st_mode & 0o077 == 0
+
+
+def test_log_of_nobody(tmp_path):
+    """An engine that never wrote has an empty log."""
+    log = EngineLog(tmp_path / "none.log", max_bytes=100)
+    assert log.tail(10) == []
+    assert log.last_words() == ""
