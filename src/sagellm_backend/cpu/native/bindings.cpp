@@ -1,0 +1,403 @@
+// The Python module: arrays in, arrays out; the GIL is released wherever something is computed.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <limits>
+#include <stdexcept>
+
+#include "isa.hpp"
+#include "model.hpp"
+#include "pack.hpp"
+#include "twin.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace sage {
+namespace {
+
+template <class T>
+using In = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Inout = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+template <class T>
+nb::object new_array(std::initializer_list<size_t> shape, T** data) {
+  size_t n = 1;
+  for (size_t s : shape) n *= s;
+  *data = new T[n ? n : 1];
+  nb::capsule owner(*data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+  return nb::cast(nb::ndarray<nb::numpy, T>(*data, shape.size(), shape.begin(), owner));
+}
+
+template <class T>
+T get(const nb::dict& d, const char* key) {
+  return nb::cast<T>(d[key]);
+}
+
+Rope rope_from(const nb::dict& d) {
+  return {get<int>(d, "dim"), get<bool>(d, "interleaved"), get<float>(d, "magnitude"), get<std::vector<double>>(d, "frequencies")};
+}
+
+Config config_from(const nb::dict& d) {
+  Config c;
+  for (auto [key, field] : {std::pair{"n_layers", &c.n_layers}, {"d_model", &c.d_model}, {"n_heads", &c.n_heads},
+                            {"n_kv_heads", &c.n_kv_heads}, {"head_dim", &c.head_dim}, {"d_ff", &c.d_ff}, {"vocab", &c.vocab}})
+    *field = get<int>(d, key);
+  for (auto [key, field] : {std::pair{"norm_eps", &c.norm_eps}, {"attention_scale", &c.attention_scale},
+                            {"attention_softcap", &c.attention_softcap}, {"final_softcap", &c.final_softcap},
+                            {"embed_scale", &c.embed_scale}, {"residual_scale", &c.residual_scale}, {"logit_scale", &c.logit_scale}})
+    *field = get<float>(d, key);
+  for (auto [key, field] : {std::pair{"pre_norm", &c.pre_norm}, {"post_norm", &c.post_norm}, {"tied_head", &c.tied_head},
+                            {"qk_norm_head", &c.qk_norm_head}, {"qk_norm_full", &c.qk_norm_full}, {"qkv_bias", &c.qkv_bias},
+                            {"o_bias", &c.o_bias}})
+    *field = get<bool>(d, key);
+  c.activation = static_cast<Activation>(get<int>(d, "activation"));
+  c.windows = get<std::vector<int>>(d, "windows");
+  c.layer_rope = get<std::vector<int>>(d, "layer_rope");
+  for (nb::handle rope : d["ropes"]) c.ropes.push_back(rope_from(nb::cast<nb::dict>(rope)));
+  return c;
+}
+
+KvFormat kv_format_of(const std::string& name) {
+  if (name == "f32") return KvFormat::F32;
+  if (name == "bf16") return KvFormat::BF16;
+  throw std::invalid_argument("KV precision '" + name + "' is unknown to the cpu backend");
+}
+
+void check_ids(const std::vector<int32_t>& ids, int vocab, const char* what) {
+  for (int32_t id : ids)
+    if (id < 0 || id >= vocab)
+      throw std::invalid_argument(std::string(what) + " names token " + std::to_string(id) + ", the vocabulary ends at " +
+                                  std::to_string(vocab - 1));
+}
+
+void read_history(const nb::handle& history, RowParams& p, int vocab) {
+  nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> array;
+  if (nb::try_cast(history, array, false)) {
+    p.history = array.data();
+    p.n_history = static_cast<int>(array.size());
+  } else {
+    p.history_storage = nb::cast<std::vector<int32_t>>(nb::list(history));
+    p.history = p.history_storage.data();
+    p.n_history = static_cast<int>(p.history_storage.size());
+  }
+  for (int i = 0; i < p.n_history; i++)
+    if (p.history[i] < 0 || p.history[i] >= vocab)
+      throw std::invalid_argument("history holds an id outside the vocabulary of " + std::to_string(vocab));
+}
+
+// `row` is a sagellm_backend.base.RowSampling.
+RowParams row_from(const nb::handle& row, int vocab) {
+  RowParams p;
+  const nb::object params = row.attr("params");
+  p.temperature = nb::cast<double>(params.attr("temperature"));
+  p.top_p = nb::cast<double>(params.attr("top_p"));
+  p.min_p = nb::cast<double>(params.attr("min_p"));
+  p.typical_p = nb::cast<double>(params.attr("typical_p"));
+  p.top_k = nb::cast<int64_t>(params.attr("top_k"));
+  p.repetition = static_cast<float>(nb::cast<double>(params.attr("repetition_penalty")));
+  p.frequency = static_cast<float>(nb::cast<double>(params.attr("frequency_penalty")));
+  p.presence = static_cast<float>(nb::cast<double>(params.attr("presence_penalty")));
+  const nb::object bias = params.attr("logit_bias"), allowed = params.attr("allowed_token_ids");
+  if (!bias.is_none())
+    for (auto [id, value] : nb::cast<nb::dict>(bias)) {
+      p.bias.emplace_back(nb::cast<int32_t>(id), static_cast<float>(nb::cast<double>(value)));
+      check_ids({p.bias.back().first}, vocab, "logit_bias");
+    }
+  if (!allowed.is_none()) {
+    p.only_allowed = true;
+    p.allowed = nb::cast<std::vector<int32_t>>(nb::list(allowed));
+    check_ids(p.allowed, vocab, "allowed_token_ids");
+  }
+  p.banned = nb::cast<std::vector<int32_t>>(nb::list(row.attr("banned")));
+  check_ids(p.banned, vocab, "banned");
+  nb::int_ seed(row.attr("seed"));
+  p.seed = PyLong_AsUnsignedLongLongMask(seed.ptr());
+  p.position = static_cast<uint64_t>(nb::cast<int64_t>(row.attr("position")));
+  p.logprobs = nb::cast<int>(row.attr("logprobs"));
+  p.target = nb::cast<int>(row.attr("target"));
+  if (p.target >= vocab)
+    throw std::invalid_argument("target names token " + std::to_string(p.target) + ", the vocabulary ends at " + std::to_string(vocab - 1));
+  p.n_prompt = nb::cast<int>(row.attr("n_prompt"));
+  if (p.repetition != 1.0f || p.frequency != 0.0f || p.presence != 0.0f) read_history(row.attr("history"), p, vocab);
+  const nb::object mask = row.attr("mask");
+  if (!mask.is_none()) {
+    const auto words = nb::cast<nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>>(mask);
+    if (static_cast<int>(words.size()) < (vocab + 31) / 32)
+      throw std::invalid_argument("the mask has " + std::to_string(words.size()) + " words, a vocabulary of " +
+                                  std::to_string(vocab) + " needs " + std::to_string((vocab + 31) / 32));
+    p.mask = words.data();
+  }
+  return p;
+}
+
+class PyModel {
+ public:
+  PyModel(const nb::dict& config, const std::string& isa, int threads) : model_(config_from(config), kernels_of(isa), threads) {}
+
+  void set_vector(const std::string& slot, In<float> values) { model_.set_vector(slot, values.data(), static_cast<int>(values.size())); }
+
+  void set_matrix(const std::string& slot, const std::string& format, int n, int k, Bytes arena, size_t offset, size_t stride) {
+    model_.set_matrix(slot, packed(format, n, k, arena.data(), arena.size(), offset, stride));
+  }
+
+  void pack_matrix(const std::string& format, int n, int k, const std::string& source, Bytes data, Inout<uint8_t> arena, size_t offset,
+                   size_t stride) {
+    const Packed shape = packed(format, n, k, arena.data(), arena.size(), offset, stride);
+    const Source from = source_of(source);
+    const SourceBlock block = source_block(from);
+    if (data.size() * block.weights != static_cast<size_t>(n) * k * block.bytes)
+      throw std::invalid_argument("a matrix of " + std::to_string(n) + " x " + std::to_string(k) + " does not have " +
+                                  std::to_string(data.size()) + " bytes");
+    nb::gil_scoped_release release;
+    pack(from, data.data(), shape, arena.data() + offset, model_.pool());
+  }
+
+  void finish(int n_blocks, int max_rows, int max_logit_rows, const std::string& kv) {
+    model_.finish({n_blocks, max_rows, max_logit_rows, kv_format_of(kv)});
+  }
+
+  nb::tuple step(In<int32_t> tokens, In<int32_t> starts, In<int32_t> lengths, In<int32_t> tables, In<int32_t> logit_rows,
+                 const nb::list& sampling, bool want_logits, bool want_hidden) {
+    const size_t n = logit_rows.size(), vocab = static_cast<size_t>(model_.config().vocab);
+    std::vector<RowParams> rows;
+    int top = 0;
+    for (nb::handle row : sampling) {
+      rows.push_back(row_from(row, model_.config().vocab));
+      top = std::max(top, rows.back().logprobs);
+    }
+    const size_t sequences = lengths.size();
+    StepInput in{tokens.data(),     static_cast<int>(tokens.size()), starts.data(), lengths.data(), tables.data(),
+                 static_cast<int>(sequences), sequences ? static_cast<int>(tables.size() / sequences) : 0, logit_rows.data(),
+                 static_cast<int>(n), &rows, top};
+    StepOutput out{};
+    const size_t drawn = rows.size(), columns = static_cast<size_t>(top);
+    const nb::object ids = new_array<int32_t>({drawn}, &out.tokens), logprobs = new_array<float>({drawn}, &out.logprobs);
+    const nb::object top_ids = new_array<int32_t>({drawn, columns}, &out.top_ids);
+    const nb::object top_logprobs = new_array<float>({drawn, columns}, &out.top_logprobs);
+    std::fill_n(out.tokens, drawn, -1);
+    std::fill_n(out.logprobs, drawn, std::numeric_limits<float>::quiet_NaN());
+    std::fill_n(out.top_ids, drawn * columns, -1);
+    std::fill_n(out.top_logprobs, drawn * columns, std::numeric_limits<float>::quiet_NaN());
+    nb::object logits = nb::none(), hidden = nb::none();
+    if (want_logits) logits = new_array<float>({n, vocab}, &out.logits);
+    if (want_hidden) hidden = new_array<float>({n, static_cast<size_t>(model_.config().d_model)}, &out.hidden);
+    {
+      nb::gil_scoped_release release;
+      model_.step(in, out);
+    }
+    return nb::make_tuple(ids, logprobs, top_ids, top_logprobs, logits, hidden);
+  }
+
+  void copy_blocks(const std::vector<std::pair<int, int>>& pairs) {
+    nb::gil_scoped_release release;
+    model_.copy_blocks(pairs);
+  }
+
+  nb::bytes export_blocks(const std::vector<int>& blocks) {
+    nb::object out = nb::steal(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(blocks.size() * model_.kv().block_bytes)));
+    if (!out.is_valid()) throw nb::python_error();
+    model_.export_blocks(blocks, reinterpret_cast<uint8_t*>(PyBytes_AS_STRING(out.ptr())));
+    return nb::borrow<nb::bytes>(out);
+  }
+
+  void import_blocks(const std::vector<int>& blocks, Bytes data) {
+    if (data.size() != blocks.size() * model_.kv().block_bytes)
+      throw std::invalid_argument(std::to_string(data.size()) + " bytes for " + std::to_string(blocks.size()) + " blocks of " +
+                                  std::to_string(model_.kv().block_bytes) + " bytes");
+    nb::gil_scoped_release release;
+    model_.import_blocks(blocks, data.data());
+  }
+
+  size_t block_bytes() const { return model_.kv().block_bytes; }
+  int n_blocks() const { return model_.kv().n_blocks; }
+  int threads() { return model_.pool().size(); }
+  std::string isa() const { return model_.kernels().name; }
+
+ private:
+  static Packed packed(const std::string& format, int n, int k, const uint8_t* arena, size_t size, size_t offset, size_t stride) {
+    Packed w{weight_format_of(format), n, k, arena + offset, stride};
+    const size_t panel = panel_bytes(w.format, k);
+    if (n < 1 || k < 1 || stride < panel || offset + static_cast<size_t>(w.panels() - 1) * stride + panel > size)
+      throw std::invalid_argument("a matrix does not lie inside its memory");
+    return w;
+  }
+
+  Model model_;
+};
+
+// One kernel beside its twin, for tests.
+class Probe {
+ public:
+  explicit Probe(const std::string& isa) : kernel_(kernels_of(isa)), pool_(1) {}
+
+  // (rows, n) by the kernel, and by the twin on the same packed weights and converted activations.
+  nb::tuple gemm(const std::string& format, const std::string& source, Bytes data, int n, In<float> x) {
+    const int rows = static_cast<int>(x.shape(0)), k = static_cast<int>(x.shape(1));
+    const WeightFormat f = weight_format_of(format);
+    Packed w{f, n, k, nullptr, panel_bytes(f, k)};
+    Memory memory(w.panel_stride * w.panels() + 4096);
+    w.data = memory.as<uint8_t>();
+    pack(source_of(source), data.data(), w, memory.as<uint8_t>(), pool_);
+    const ActivationBuffer a(rows, k, {f});
+    for (int r = 0; r < rows; r++) kernel_.prepare(x.data() + static_cast<size_t>(r) * k, 0, k, a.view(), r);
+    const size_t ld = static_cast<size_t>(w.panels()) * kPanel;
+    std::vector<float> wide(rows * ld);
+    for (int p = 0; p < w.panels(); p++) kernel_.gemm(w, p, a.view(), 0, rows, wide.data() + p * kPanel, ld, false, 1.0f);
+    float *fast, *slow;
+    const nb::object out = new_array<float>({static_cast<size_t>(rows), static_cast<size_t>(n)}, &fast);
+    const nb::object twin = new_array<float>({static_cast<size_t>(rows), static_cast<size_t>(n)}, &slow);
+    for (int r = 0; r < rows; r++) std::memcpy(fast + static_cast<size_t>(r) * n, wide.data() + r * ld, n * sizeof(float));
+    twin::gemm(w, a.view(), rows, slow);
+    return nb::make_tuple(out, twin);
+  }
+
+  nb::tuple rms_norm(In<float> x, In<float> weight, float eps) {
+    return both(x.size(), [&](float* out) { kernel_.rms_norm(x.data(), weight.data(), static_cast<int>(x.size()), eps, out); },
+                [&](float* out) { twin::rms_norm(x.data(), weight.data(), static_cast<int>(x.size()), eps, out); });
+  }
+
+  nb::tuple activate(int kind, In<float> gate, In<float> up) {
+    const int n = static_cast<int>(gate.size());
+    auto start = [&](float* out) { std::memcpy(out, gate.data(), n * sizeof(float)); };
+    return both(gate.size(), [&](float* out) { start(out), kernel_.activate(static_cast<Activation>(kind), out, up.data(), n); },
+                [&](float* out) { start(out), twin::activate(static_cast<Activation>(kind), out, up.data(), n); });
+  }
+
+  nb::tuple softcap(In<float> x, float cap) {
+    const int n = static_cast<int>(x.size());
+    auto start = [&](float* out) { std::memcpy(out, x.data(), n * sizeof(float)); };
+    return both(x.size(), [&](float* out) { start(out), kernel_.softcap(out, n, cap); },
+                [&](float* out) { start(out), twin::softcap(out, n, cap); });
+  }
+
+  nb::tuple rope(In<float> head, In<float> cos_sin, bool interleaved) {
+    const int dim = static_cast<int>(cos_sin.size());
+    auto start = [&](float* out) { std::memcpy(out, head.data(), head.size() * sizeof(float)); };
+    return both(head.size(), [&](float* out) { start(out), kernel_.rope(out, cos_sin.data(), dim, interleaved); },
+                [&](float* out) { start(out), twin::rope(out, cos_sin.data(), dim, interleaved); });
+  }
+
+  // Queries (lanes, head_dim) at `positions` over keys and values (tokens, head_dim) laid into `blocks`.
+  nb::tuple attention(const std::string& kv, In<float> q, In<float> k, In<float> v, In<int32_t> positions, In<int32_t> blocks,
+                      float scale, float cap, int window) {
+    const KvFormat format = kv_format_of(kv);
+    const int lanes = static_cast<int>(q.shape(0)), dh = static_cast<int>(q.shape(1)), dim = round_up(dh, 16);
+    const size_t half = kv_head_bytes(format, dh);
+    int most = 0;
+    for (size_t i = 0; i < blocks.size(); i++) most = std::max(most, blocks.data()[i]);
+    Memory memory(2 * half * (most + 1));
+    auto block = [&](int position) { return memory.as<uint8_t>() + blocks.data()[position / kBlock] * 2 * half; };
+    for (int i = 0; i < static_cast<int>(k.shape(0)); i++)
+      kernel_.write_kv(format, k.data() + i * dh, v.data() + i * dh, dh, i % kBlock, block(i), block(i) + half);
+    Memory scratch(attention_scratch(dh) * 4);
+    std::vector<float> wide(static_cast<size_t>(kLanes) * dim);
+    AttentionTile t{};
+    t.lanes = lanes;
+    for (int i = 0; i < lanes; i++) {
+      t.q[i] = q.data() + i * dh;
+      t.out[i] = wide.data() + i * dim;
+      t.position[i] = positions.data()[i];
+    }
+    t.window = window;
+    t.blocks = blocks.data();
+    t.k = memory.as<uint8_t>();
+    t.v = t.k + half;
+    t.block_stride = 2 * half;
+    t.head_dim = dh;
+    t.scale = scale;
+    t.softcap = cap;
+    t.scratch = scratch.as<float>();
+    return both(static_cast<size_t>(lanes) * dh,
+                [&](float* out) {
+                  kernel_.attention(format, t);
+                  for (int i = 0; i < lanes; i++) std::memcpy(out + i * dh, t.out[i], dh * sizeof(float));
+                },
+                [&](float* out) {
+                  for (int i = 0; i < lanes; i++) twin::attention(format, t, i, out + i * dh);
+                });
+  }
+
+  int sample(In<float> logits, const nb::handle& row) {
+    const int vocab = static_cast<int>(logits.size());
+    const RowParams p = row_from(row, vocab);
+    return Sampler(kernel_, vocab).draw(logits.data(), p);
+  }
+
+  // Log-probability of `token`, and the `count` likeliest ids with theirs.
+  nb::tuple report(In<float> logits, int token, int count) {
+    const int vocab = static_cast<int>(logits.size());
+    int32_t* ids;
+    float* values;
+    const size_t n = static_cast<size_t>(std::min(count, vocab));
+    const nb::object top_ids = new_array<int32_t>({n}, &ids), top = new_array<float>({n}, &values);
+    const float chosen = Sampler(kernel_, vocab).report(logits.data(), token, count, ids, values);
+    return nb::make_tuple(chosen, top_ids, top);
+  }
+
+ private:
+  template <class Fast, class Slow>
+  static nb::tuple both(size_t n, Fast&& fast, Slow&& slow) {
+    float *a, *b;
+    const nb::object x = new_array<float>({n}, &a), y = new_array<float>({n}, &b);
+    fast(a);
+    slow(b);
+    return nb::make_tuple(x, y);
+  }
+
+  const Kernels& kernel_;
+  ThreadPool pool_;
+};
+
+}  // namespace
+}  // namespace sage
+
+NB_MODULE(_native, m) {
+  using namespace sage;
+  m.doc() = "Native kernels of the cpu backend; used through sagellm_backend.cpu.";
+  m.def("supported_isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels* k : supported_kernels()) names.push_back(k->name);
+    return names;
+  });
+  m.def("allowed_threads", allowed_threads);
+  m.def("natural_format", [](const std::string& source) {
+    constexpr const char* names[] = {"Q4", "Q4M", "Q8", "Q8M", "BF16", "F32"};
+    return std::string(names[static_cast<int>(natural_format(source_of(source)))]);
+  });
+  m.def("panel_bytes", [](const std::string& format, int k) { return panel_bytes(weight_format_of(format), k); });
+  m.def("kv_head_bytes", [](const std::string& kv, int head_dim) { return kv_head_bytes(kv_format_of(kv), head_dim); });
+  m.def("stream_word", stream_word);
+  m.attr("PANEL") = kPanel;
+
+  nb::class_<PyModel>(m, "Model")
+      .def(nb::init<const nb::dict&, const std::string&, int>(), "config"_a, "isa"_a, "threads"_a)
+      .def("set_vector", &PyModel::set_vector)
+      .def("set_matrix", &PyModel::set_matrix, nb::keep_alive<1, 6>())
+      .def("pack_matrix", &PyModel::pack_matrix)
+      .def("finish", &PyModel::finish)
+      .def("step", &PyModel::step)
+      .def("copy_blocks", &PyModel::copy_blocks)
+      .def("export_blocks", &PyModel::export_blocks)
+      .def("import_blocks", &PyModel::import_blocks)
+      .def_prop_ro("block_bytes", &PyModel::block_bytes)
+      .def_prop_ro("n_blocks", &PyModel::n_blocks)
+      .def_prop_ro("threads", &PyModel::threads)
+      .def_prop_ro("isa", &PyModel::isa);
+
+  nb::class_<Probe>(m, "Probe")
+      .def(nb::init<const std::string&>(), "isa"_a)
+      .def("gemm", &Probe::gemm)
+      .def("rms_norm", &Probe::rms_norm)
+      .def("activate", &Probe::activate)
+      .def("softcap", &Probe::softcap)
+      .def("rope", &Probe::rope)
+      .def("attention", &Probe::attention)
+      .def("sample", &Probe::sample)
+      .def("report", &Probe::report);
+}

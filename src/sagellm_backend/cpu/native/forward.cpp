@@ -1,0 +1,332 @@
+#include "forward.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "pack.hpp"
+
+namespace sage {
+namespace {
+
+constexpr int kFewRows = 4;                 // up to here weights are streamed: equal, contiguous shares
+constexpr size_t kRowBlockBytes = 256 << 10;  // of activations that stay in a core's cache
+
+int row_block(int k) { return std::max(24, static_cast<int>(kRowBlockBytes) / std::max(k, 1) / 24 * 24); }
+
+}  // namespace
+
+Forward::Forward(Model& model, const StepInput& in, const StepOutput& out)
+    : m_(model), c_(model.config_), kernel_(model.kernels_), s_(model.scratch_), in_(in), out_(out), group_(c_.n_heads / c_.n_kv_heads) {
+  rows_.reserve(in.rows);
+  for (int s = 0; s < in.sequences; s++) {
+    first_row_.push_back(static_cast<int>(rows_.size()));
+    for (int i = 0; i < in.lengths[s]; i++) rows_.push_back({s, in.starts[s] + i});
+  }
+  plan_attention();
+}
+
+// Long tiles first, so that the threads end together.
+void Forward::plan_attention() {
+  for (int s = 0; s < in_.sequences; s++) {
+    const int lanes = in_.lengths[s] * group_;
+    for (int first = 0; first < lanes; first += kLanes)
+      for (int head = 0; head < c_.n_kv_heads; head++) tiles_.push_back({s, head, first, std::min(kLanes, lanes - first)});
+  }
+  auto last = [this](const Tile& t) { return in_.starts[t.sequence] + (t.first + t.lanes - 1) / group_; };
+  std::stable_sort(tiles_.begin(), tiles_.end(), [&](const Tile& a, const Tile& b) { return last(a) > last(b); });
+}
+
+template <class F>
+void Forward::share(int items, size_t loop, F&& f) {
+  const int chunk = std::max(1, items / (m_.pool_.size() * 16));
+  for (int i = s_.loops->take(loop, chunk); i < items; i = s_.loops->take(loop, chunk))
+    for (int j = i; j < std::min(items, i + chunk); j++) f(j);
+}
+
+template <class F>
+void Forward::share_panels(int panels, int k, int thread, size_t loop, F&& f) {
+  if (in_.rows <= kFewRows) {
+    const long long threads = m_.pool_.size();
+    for (int p = static_cast<int>(panels * thread / threads); p < panels * (thread + 1) / threads; p++) f(p, 0, in_.rows);
+    return;
+  }
+  const int size = row_block(k), blocks = (in_.rows + size - 1) / size;
+  share(panels * blocks, loop, [&](int item) {
+    const int row0 = item / panels * size;
+    f(item % panels, row0, std::min(size, in_.rows - row0));
+  });
+}
+
+void Forward::run() {
+  s_.loops->reset();
+  for (auto& t : s_.threads) {
+    std::fill(t.best.begin(), t.best.end(), -std::numeric_limits<float>::infinity());
+    std::fill(t.index.begin(), t.index.end(), -1);
+  }
+  m_.pool_.run([this](int thread) { work(thread); });
+}
+
+void Forward::work(int thread) {
+  ThreadPool& pool = m_.pool_;
+  size_t loop = 0;
+  embed(thread);
+  for (int i = 0; i < c_.n_layers; i++, loop += 5) layer(i, thread, loop);
+  if (in_.n_logits == 0) return;
+  if (c_.post_norm) pool.barrier();  // the last branch was added by rows
+  const bool hidden_only = in_.sampling->empty();
+  const float* x = s_.x.as<float>();
+  for (int i = thread; i < in_.n_logits; i += pool.size()) {
+    float* row = s_.threads[thread].row.as<float>();
+    kernel_.rms_norm(x + in_.logit_rows[i] * s_.ld_x, m_.final_norm_, c_.d_model, c_.norm_eps, row);
+    if (out_.hidden) std::memcpy(out_.hidden + static_cast<size_t>(i) * c_.d_model, row, c_.d_model * sizeof(float));
+    if (!hidden_only) kernel_.prepare(row, 0, c_.d_model, s_.head.view(), i);
+  }
+  if (hidden_only) return;
+  pool.barrier();
+  head(thread, loop);
+  pool.barrier();
+  sample(thread, loop + 1);
+}
+
+// Rows are dealt in equal contiguous shares; row r of all row-wise phases belongs to the same thread.
+static std::pair<int, int> rows_of(int rows, int thread, int threads) {
+  return {static_cast<int>(static_cast<long long>(rows) * thread / threads),
+          static_cast<int>(static_cast<long long>(rows) * (thread + 1) / threads)};
+}
+
+void Forward::embed(int thread) {
+  const auto [begin, end] = rows_of(in_.rows, thread, m_.pool_.size());
+  for (int r = begin; r < end; r++) {
+    float* x = s_.x.as<float>() + r * s_.ld_x;
+    unpack_row(m_.embed_, in_.tokens[r], x);
+    if (c_.embed_scale != 1.0f)
+      for (int i = 0; i < c_.d_model; i++) x[i] *= c_.embed_scale;
+    for (size_t j = 0; j < c_.ropes.size(); j++) {
+      const Rope& rope = c_.ropes[j];
+      float* cos_sin = s_.rope.as<float>() + r * s_.rope_row + s_.rope_at[j];
+      for (int i = 0; i < rope.dim / 2; i++) {
+        const double angle = rows_[r].position * rope.frequencies[i];
+        cos_sin[i] = static_cast<float>(std::cos(angle)) * rope.magnitude;
+        cos_sin[rope.dim / 2 + i] = static_cast<float>(std::sin(angle)) * rope.magnitude;
+      }
+    }
+  }
+}
+
+// x -> activations of the next projections, normed if there is a weight.
+void Forward::norm_rows(int thread, const float* weight) {
+  const auto [begin, end] = rows_of(in_.rows, thread, m_.pool_.size());
+  float* row = s_.threads[thread].row.as<float>();
+  for (int r = begin; r < end; r++) {
+    const float* x = s_.x.as<float>() + r * s_.ld_x;
+    if (weight) kernel_.rms_norm(x, weight, c_.d_model, c_.norm_eps, row);
+    kernel_.prepare(weight ? row : x, 0, c_.d_model, s_.normed.view(), r);
+  }
+}
+
+// x += factor · norm(branch + bias)
+void Forward::branch_norm(int thread, const float* weight, const float* bias) {
+  const auto [begin, end] = rows_of(in_.rows, thread, m_.pool_.size());
+  float* row = s_.threads[thread].row.as<float>();
+  for (int r = begin; r < end; r++) {
+    float* x = s_.x.as<float>() + r * s_.ld_x;
+    float* b = s_.branch.as<float>() + r * s_.ld_x;
+    if (bias)
+      for (int i = 0; i < c_.d_model; i++) b[i] += bias[i];
+    if (weight) kernel_.rms_norm(b, weight, c_.d_model, c_.norm_eps, row);
+    const float* add = weight ? row : b;
+    for (int i = 0; i < c_.d_model; i++) x[i] += add[i] * c_.residual_scale;
+  }
+}
+
+void Forward::rotate_heads(float* heads, int n_heads, const float* norm, int index, int row, int thread) {
+  const int dh = c_.head_dim;
+  float* copy = s_.threads[thread].row.as<float>();
+  if (norm && c_.qk_norm_full) {
+    std::memcpy(copy, heads, sizeof(float) * n_heads * dh);
+    kernel_.rms_norm(copy, norm, n_heads * dh, c_.norm_eps, heads);
+  }
+  const int which = c_.layer_rope[index];
+  const Rope& rope = c_.ropes[which];
+  const float* cos_sin = s_.rope.as<float>() + row * s_.rope_row + s_.rope_at[which];
+  for (int h = 0; h < n_heads; h++) {
+    float* head = heads + h * dh;
+    if (norm && c_.qk_norm_head) {
+      std::memcpy(copy, head, sizeof(float) * dh);
+      kernel_.rms_norm(copy, norm, dh, c_.norm_eps, head);
+    }
+    kernel_.rope(head, cos_sin, rope.dim, rope.interleaved);
+  }
+}
+
+// Bias, norm and rotation of q and k; k and v go into the cache.
+void Forward::rotate_row(const Layer& y, int index, int row, int thread) {
+  float* qkv = s_.qkv.as<float>() + row * s_.ld_qkv;
+  float *q = qkv + s_.q_at, *k = qkv + s_.k_at, *v = qkv + s_.v_at;
+  if (c_.qkv_bias) {
+    for (int i = 0; i < c_.q_size(); i++) q[i] += y.q_bias[i];
+    for (int i = 0; i < c_.kv_size(); i++) k[i] += y.k_bias[i];
+    for (int i = 0; i < c_.kv_size(); i++) v[i] += y.v_bias[i];
+  }
+  rotate_heads(q, c_.n_heads, y.q_norm, index, row, thread);
+  rotate_heads(k, c_.n_kv_heads, y.k_norm, index, row, thread);
+  const auto [sequence, position] = rows_[row];
+  const int block = in_.tables[static_cast<size_t>(sequence) * in_.table_width + position / kBlock];
+  for (int h = 0; h < c_.n_kv_heads; h++)
+    kernel_.write_kv(m_.kv_.format, k + h * c_.head_dim, v + h * c_.head_dim, c_.head_dim, position % kBlock,
+                     m_.kv_.k(block, index, h), m_.kv_.v(block, index, h));
+}
+
+void Forward::attend(int index, const Tile& tile, int thread) {
+  const int dh = c_.head_dim, dim = round_up(dh, 16);
+  AttentionTile t;
+  t.lanes = tile.lanes;
+  t.window = c_.windows[index];
+  t.blocks = in_.tables + static_cast<size_t>(tile.sequence) * in_.table_width;
+  t.k = m_.kv_.k(0, index, tile.kv_head);
+  t.v = m_.kv_.v(0, index, tile.kv_head);
+  t.block_stride = m_.kv_.block_bytes;
+  t.head_dim = dh;
+  t.scale = c_.attention_scale;
+  t.softcap = c_.attention_softcap;
+  t.scratch = s_.threads[thread].attention.as<float>();
+  float* lanes = s_.threads[thread].lanes.as<float>();
+  auto row_of = [&](int i) { return first_row_[tile.sequence] + (tile.first + i) / group_; };
+  auto head_of = [&](int i) { return tile.kv_head * group_ + (tile.first + i) % group_; };
+  for (int i = 0; i < tile.lanes; i++) {
+    t.q[i] = s_.qkv.as<float>() + row_of(i) * s_.ld_qkv + s_.q_at + head_of(i) * dh;
+    t.out[i] = lanes + i * dim;
+    t.position[i] = rows_[row_of(i)].position;
+  }
+  kernel_.attention(m_.kv_.format, t);
+  for (int i = 0; i < tile.lanes; i++) {
+    float* row = s_.attn.as<float>() + row_of(i) * s_.ld_attn;
+    std::memcpy(row + head_of(i) * dh, t.out[i], dh * sizeof(float));
+    if (dh % kGroup == 0) kernel_.prepare(row, head_of(i) * dh, (head_of(i) + 1) * dh, s_.attended.view(), row_of(i));
+  }
+}
+
+// 32 hidden channels: gate and up of the rows, activated and converted for the down projection.
+void Forward::gate_up(const Layer& y, int unit, int row0, int rows, int thread) {
+  float* gate = s_.threads[thread].gate.as<float>();
+  float* up = s_.threads[thread].up.as<float>();
+  kernel_.gemm(y.gate, unit, s_.normed.view(), row0, rows, gate, kPanel, false, 1.0f);
+  kernel_.gemm(y.up, unit, s_.normed.view(), row0, rows, up, kPanel, false, 1.0f);
+  kernel_.activate(c_.activation, gate, up, rows * kPanel);
+  const int begin = unit * kPanel, end = std::min(c_.d_ff, begin + kPanel);
+  for (int r = 0; r < rows; r++) kernel_.prepare(gate + r * kPanel - begin, begin, end, s_.hidden.view(), row0 + r);
+}
+
+// A projection back to the residual stream: straight into it, or into `branch` if a norm or a bias follows.
+void Forward::project(const Packed& w, const Activations& x, bool straight, int thread, size_t loop) {
+  float* to = straight ? s_.x.as<float>() : s_.branch.as<float>();
+  share_panels(w.panels(), w.k, thread, loop, [&](int panel, int row0, int rows) {
+    kernel_.gemm(w, panel, x, row0, rows, to + row0 * s_.ld_x + panel * kPanel, s_.ld_x, straight, c_.residual_scale);
+  });
+}
+
+void Forward::layer(int index, int thread, size_t loop) {
+  ThreadPool& pool = m_.pool_;
+  const Layer& y = m_.layers_[index];
+  norm_rows(thread, y.attn_norm);
+  pool.barrier();
+
+  const int nq = y.q.panels(), nk = y.k.panels(), nv = y.v.panels();
+  share_panels(nq + nk + nv, c_.d_model, thread, loop, [&](int p, int row0, int rows) {
+    const Packed& w = p < nq ? y.q : p < nq + nk ? y.k : y.v;
+    const int panel = p < nq ? p : p < nq + nk ? p - nq : p - nq - nk;
+    const int at = p < nq ? s_.q_at : p < nq + nk ? s_.k_at : s_.v_at;
+    kernel_.gemm(w, panel, s_.normed.view(), row0, rows, s_.qkv.as<float>() + row0 * s_.ld_qkv + at + panel * kPanel, s_.ld_qkv,
+                 false, 1.0f);
+  });
+  pool.barrier();
+
+  const auto [begin, end] = rows_of(in_.rows, thread, pool.size());
+  for (int r = begin; r < end; r++) rotate_row(y, index, r, thread);
+  pool.barrier();
+
+  share(static_cast<int>(tiles_.size()), loop + 1, [&](int i) { attend(index, tiles_[i], thread); });
+  pool.barrier();
+  if (c_.head_dim % kGroup != 0) {  // groups of 32 span heads
+    for (int r = begin; r < end; r++) kernel_.prepare(s_.attn.as<float>() + r * s_.ld_attn, 0, c_.q_size(), s_.attended.view(), r);
+    pool.barrier();
+  }
+
+  const bool straight_o = !y.post_attn_norm && !y.o_bias;
+  project(y.o, s_.attended.view(), straight_o, thread, loop + 2);
+  pool.barrier();
+  if (!straight_o) branch_norm(thread, y.post_attn_norm, y.o_bias);
+  norm_rows(thread, y.ffn_norm);
+  pool.barrier();
+
+  share_panels(y.gate.panels(), c_.d_model, thread, loop + 3,
+               [&](int unit, int row0, int rows) { gate_up(y, unit, row0, rows, thread); });
+  pool.barrier();
+
+  project(y.down, s_.hidden.view(), !y.post_ffn_norm, thread, loop + 4);
+  pool.barrier();
+  if (y.post_ffn_norm) branch_norm(thread, y.post_ffn_norm, nullptr);
+}
+
+void Forward::head(int thread, size_t loop) {
+  const int panels = m_.head_.panels();
+  if (in_.n_logits <= kFewRows) {
+    const long long threads = m_.pool_.size();
+    for (int p = static_cast<int>(panels * thread / threads); p < panels * (thread + 1) / threads; p++) head_panel(p, thread);
+  } else {
+    share(panels, loop, [&](int panel) { head_panel(panel, thread); });
+  }
+}
+
+void Forward::head_panel(int panel, int thread) {
+  Scratch::Thread& t = s_.threads[thread];
+  float* tile = t.logits.as<float>();
+  const int n = in_.n_logits, begin = panel * kPanel, width = std::min(kPanel, c_.vocab - begin);
+  kernel_.gemm(m_.head_, panel, s_.head.view(), 0, n, tile, kPanel, false, 1.0f);
+  if (c_.logit_scale != 1.0f)
+    for (int i = 0; i < n * kPanel; i++) tile[i] *= c_.logit_scale;
+  if (c_.final_softcap > 0.0f) kernel_.softcap(tile, n * kPanel, c_.final_softcap);
+  for (int i = 0; i < n; i++) {
+    const float* row = tile + i * kPanel;
+    if (stores_logits(i)) std::memcpy(s_.logits.as<float>() + i * s_.ld_logits + begin, row, width * sizeof(float));
+    kernel_.argmax(row, width, begin, &t.best[i], &t.index[i]);
+  }
+}
+
+void Forward::sample(int thread, size_t loop) {
+  for (int i = s_.loops->take(loop, 1); i < in_.n_logits; i = s_.loops->take(loop, 1)) sample_row(i, thread);
+}
+
+void Forward::sample_row(int i, int thread) {
+  const RowParams& row = (*in_.sampling)[i];
+  const float* logits = s_.logits.as<float>() + i * s_.ld_logits;
+  Sampler& sampler = *s_.threads[thread].sampler;
+  if (row.target >= 0) {
+    out_.tokens[i] = row.target;
+  } else if (row.plain_greedy()) {
+    float best = -std::numeric_limits<float>::infinity();
+    int index = -1;
+    for (const auto& t : s_.threads)
+      if (t.index[i] >= 0 && (index < 0 || t.best[i] > best || (t.best[i] == best && t.index[i] < index))) {
+        best = t.best[i];
+        index = t.index[i];
+      }
+    out_.tokens[i] = index;
+  } else {
+    out_.tokens[i] = sampler.draw(logits, row);
+  }
+  if (row.logprobs >= 0 || row.target >= 0) {
+    const int count = std::min(std::max(row.logprobs, 0), in_.top_count);
+    out_.logprobs[i] = sampler.report(logits, out_.tokens[i], count, out_.top_ids + static_cast<size_t>(i) * in_.top_count,
+                                      out_.top_logprobs + static_cast<size_t>(i) * in_.top_count);
+  }
+  if (out_.logits) std::memcpy(out_.logits + static_cast<size_t>(i) * c_.vocab, logits, c_.vocab * sizeof(float));
+}
+
+void Model::step(const StepInput& in, const StepOutput& out) {
+  check(in, in.sampling->empty() && out.hidden && !out.logits);
+  Forward(*this, in, out).run();
+}
+
+}  // namespace sage
