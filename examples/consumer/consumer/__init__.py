@@ -1,0 +1,1 @@
+"""An application in the style of the old packages."""
