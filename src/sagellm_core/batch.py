@@ -58,7 +58,7 @@ def read_result(works: Sequence[Work], batch: StepBatch, result: StepResult) -> 
     ids, logprobs = result.token_ids.tolist(), result.logprobs.tolist()
     cursor = 0
     for work in works:
-        n = work.n_rows if work.scores else (1 + len(work.draft)) * work.draws
+        n = work.n_scored + (1 + len(work.draft)) * work.draws
         draws = []
         for index in range(cursor, cursor + n):
             how = batch.sampling[index]
@@ -70,10 +70,11 @@ def read_result(works: Sequence[Work], batch: StepBatch, result: StepResult) -> 
 
 def _rows(work: Work, masks: list[Any]) -> Iterator[tuple[int, RowSampling]]:
     seq, params = work.seq, work.seq.sampling
-    if work.scores:
-        wanted = -1 if params.prompt_logprobs is None else params.prompt_logprobs
-        for row in range(work.n_rows - work.draws):
-            yield row, RowSampling(params, logprobs=wanted, target=seq.tokens[work.start + row + 1])
+    if work.n_scored:
+        first = max(work.start, len(seq.prompt_logprobs or ()) - 1)
+        for position in range(first, first + work.n_scored):
+            how = RowSampling(params, logprobs=params.prompt_logprobs or 0, target=seq.tokens[position + 1])
+            yield position - work.start, how
     if work.draws:
         for ahead in range(1 + len(work.draft)):
             yield work.n_rows - 1 + ahead, _sampling(seq, work.draft[:ahead], masks[ahead])

@@ -48,14 +48,17 @@ class Work:
         return self.start + self.n_rows == len(self.seq.tokens)
 
     @property
-    def scores(self) -> bool:
-        """Whether log-probabilities of prompt tokens are taken from these rows."""
-        return not self.seq.scored
+    def n_scored(self) -> int:
+        """Rows from which log-probabilities of prompt tokens are taken; those of before a preemption are not taken again."""
+        scores = self.seq.prompt_logprobs
+        if scores is None:
+            return 0
+        return max(0, min(self.start + self.n_rows, self.seq.n_prompt - 1) - max(self.start, len(scores) - 1))
 
     @property
     def logit_rows(self) -> int:
         """Rows that need logits."""
-        return self.n_rows if self.scores else self.draws + self.n_draft
+        return self.n_scored + (1 + self.n_draft) * self.draws
 
 
 @dataclass(slots=True)
@@ -179,9 +182,7 @@ class Scheduler:
             step.add(work)
 
     def _within_logits(self, work: Work, logits_left: int) -> int:
-        if work.logit_rows <= logits_left:
-            return work.n_rows
-        return logits_left if work.scores else work.n_rows - 1
+        return work.n_rows - max(0, work.logit_rows - logits_left)
 
     def _make_room(self, seq: SequenceState, n_tokens: int, step: Schedule) -> bool:
         while not self.kv.grow(seq, n_tokens):
