@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from sagellm_core.text.tokenizer import TextTokenizer
 from sagellm_protocol.engine import EngineRequest
 from sagellm_protocol.errors import ContextLengthError, InvalidArgumentError, UnsupportedError
 from sagellm_protocol.generation import GenerationRequest, TokenLogprob
-from sagellm_protocol.ports import TextDecoder
+from sagellm_protocol.ports import PreparedRequest, TextDecoder
 from sagellm_protocol.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -42,11 +42,13 @@ class TextChatModel:
         model_id: name it is served under.
         tokenizer: text <-> ids.
         context_length: tokens, prompt and output together.
+        sampling_defaults: what the model's makers recommend; empty where they do not say.
     """
 
     model_id: str
     tokenizer: TextTokenizer
     context_length: int
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
     _templates: dict[bool, ChatTemplate] = field(default_factory=dict, repr=False)
 
     def prepare(self, request: GenerationRequest) -> Prepared:
@@ -80,7 +82,7 @@ class TextChatModel:
         )
         return Prepared(request, requests)
 
-    def decoder(self, prepared: Prepared, index: int) -> TextDecoder:
+    def decoder(self, prepared: PreparedRequest, index: int) -> TextDecoder:
         """Return a fresh decoder for choice `index`."""
         sampling = prepared.source.sampling
         return ChoiceDecoder(

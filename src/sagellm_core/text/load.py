@@ -9,12 +9,15 @@ from sagellm_core.loader.safetensors import load_json
 from sagellm_core.models.views import Config
 from sagellm_core.text.cache import cached_tokenizer
 from sagellm_core.text.chat_model import TextChatModel
+from sagellm_core.text.defaults import file_defaults, metadata_defaults
 from sagellm_core.text.from_gguf import convert_gguf
 from sagellm_core.text.from_json import convert_directory, source_files
 from sagellm_core.text.tokenizer import TextTokenizer, TokenizerInfo
 from sagellm_protocol.errors import InvalidArgumentError, ModelFileError
 
 __all__ = ["load_chat_model", "load_tokenizer"]
+
+_Loaded = tuple[TextTokenizer, int, dict[str, float]]
 
 
 def load_chat_model(
@@ -32,13 +35,13 @@ def load_chat_model(
         ModelFileError: missing or malformed.
         InvalidArgumentError: `context_length` is above the model's own.
     """
-    tokenizer, longest = _load(Path(path), cache_dir)
+    tokenizer, longest, defaults = _load(Path(path), cache_dir)
     if context_length is not None and not 1 <= context_length <= longest:
         raise InvalidArgumentError(
             f"a context of {context_length} tokens is asked for, {model_id} was made for {longest}: pass 1 to {longest}",
             param="context_length",
         )
-    return TextChatModel(model_id, tokenizer, context_length or longest)
+    return TextChatModel(model_id, tokenizer, context_length or longest, defaults)
 
 
 def load_tokenizer(path: str | Path, *, cache_dir: Path | None = None) -> TextTokenizer:
@@ -50,7 +53,7 @@ def load_tokenizer(path: str | Path, *, cache_dir: Path | None = None) -> TextTo
     return _load(Path(path), cache_dir)[0]
 
 
-def _load(path: Path, cache_dir: Path | None) -> tuple[TextTokenizer, int]:
+def _load(path: Path, cache_dir: Path | None) -> _Loaded:
     if path.is_dir():
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1 and not (path / "config.json").is_file():
@@ -61,22 +64,23 @@ def _load(path: Path, cache_dir: Path | None) -> tuple[TextTokenizer, int]:
     return _load_gguf(path, cache_dir)
 
 
-def _load_gguf(path: Path, cache_dir: Path | None) -> tuple[TextTokenizer, int]:
+def _load_gguf(path: Path, cache_dir: Path | None) -> _Loaded:
     header = read_header(path)
     length = header.metadata.get(f"{header.metadata.get('general.architecture')}.context_length")
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ModelFileError(f"{path.name} has no context length in its metadata: fetch or convert it again")
     found = cached_tokenizer([header.metadata_bytes()], lambda: convert_gguf(header), cache_dir)
-    return _tokenizer(*found), length
+    defaults = metadata_defaults(header.metadata) or file_defaults(path.parent)
+    return _tokenizer(*found), length, defaults
 
 
-def _load_directory(directory: Path, cache_dir: Path | None) -> tuple[TextTokenizer, int]:
+def _load_directory(directory: Path, cache_dir: Path | None) -> _Loaded:
     values = load_json(directory / "config.json")
     config = Config(values)
     length = (config.table("text_config") or config).integer("max_position_embeddings")
     content = [path.name.encode() + b"\0" + path.read_bytes() for path in source_files(directory)]
     found = cached_tokenizer(content, lambda: convert_directory(directory), cache_dir)
-    return _tokenizer(*found), length
+    return _tokenizer(*found), length, file_defaults(directory)
 
 
 def _tokenizer(info: TokenizerInfo, document: bytes) -> TextTokenizer:
