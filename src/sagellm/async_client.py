@@ -275,7 +275,10 @@ class AsyncUnifiedInferenceClient:
                 return transport
             from sagellm.embedded import EmbeddedTransport
 
-            return await EmbeddedTransport.start(self.default_llm_model, self.default_embedding_model, self._engine)
+            embedded = await EmbeddedTransport.start(self.default_llm_model, self.default_embedding_model, self._engine)
+            # A path is served under the file's name.
+            self.default_llm_model, self.default_embedding_model = embedded.model, embedded.embedding_model
+            return embedded
         if self._base_url is not None:
             endpoint = Endpoint(self._base_url, None, self._api_key)
         else:

@@ -139,8 +139,11 @@ def engine_argv(spec: EngineSpec, socket: str) -> list[str]:
 class House:
     """A control plane with its engines, and the application over it."""
 
-    def __init__(self, manager: ControlPlaneManager, gateway: GatewayConfig | None = None) -> None:
+    def __init__(
+        self, manager: ControlPlaneManager, models: Sequence[str], gateway: GatewayConfig | None = None
+    ) -> None:
         self.manager = manager
+        self.models = list(models)
         self._config = gateway
         self._gateway: Gateway | None = None
 
@@ -206,7 +209,7 @@ async def start_embedded(
     configs = [engine_config(name, changes) for name in names]
     manager = ControlPlaneManager(mode="local", catalog=StoreCatalog(configs, changes))
     await manager.start()
-    house = House(manager)
+    house = House(manager, [config.served_id for config in configs])
     try:
         for config in configs:
             await _add_local(manager, config)
@@ -237,4 +240,4 @@ def build_server(
     manager = ControlPlaneManager(
         mode="local", driver=ProcessDriver(engine_argv), catalog=StoreCatalog(configs, changes), **policy
     )
-    return House(manager, gateway)
+    return House(manager, [config.served_id for config in configs], gateway)

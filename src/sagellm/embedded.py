@@ -18,6 +18,8 @@ class EmbeddedTransport:
     """An engine, a control plane and the gateway's application in this process; no port is opened."""
 
     def __init__(self, house: compose.House) -> None:
+        self.model = house.models[0]
+        self.embedding_model = house.models[1] if len(house.models) > 1 else None
         self._house = house
         self._app: AsgiApp = house.app()
 

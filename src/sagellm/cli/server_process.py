@@ -118,7 +118,7 @@ class _Start:
 
     def _announce(self) -> None:
         model = self.configs[0].served_id
-        body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+        body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France? Answer in one sentence."}}], "temperature": 0}}'
         _say("ready", f"{self.url}/v1 ({time.perf_counter() - self.began:.1f} s)")
         _say("try", f"curl {self.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
         _say("stop", f"Ctrl-C, or: kill {os.getpid()}")
