@@ -93,6 +93,9 @@ class EngineServer:
         block_events = getattr(engine, "block_events", None)
         if block_events is not None:
             self._methods["block_events"] = lambda params: block_events(params.after)
+        embed = getattr(engine, "embed", None)
+        if embed is not None:
+            self._methods["embed"] = embed
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> int:
         """Serve until drained or dead; return the exit status. `ready` is called once clients can connect."""

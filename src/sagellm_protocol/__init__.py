@@ -1,6 +1,7 @@
 """The words that all floors share: types, errors, ports and the wire codec. No torch, no numpy, no HTTP."""
 
 from sagellm_protocol.codec import PROTOCOL_VERSION, decode, encode, from_json, from_msgpack, to_json, to_msgpack
+from sagellm_protocol.embedding import EmbeddingRequest, EmbedRequest, EmbedResult, ScoreRequest
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, Histogram, TokenDelta
 from sagellm_protocol.errors import (
     CancelledRequestError,
@@ -77,6 +78,9 @@ __all__ = [
     "ContextLengthError",
     "DeadlineExceededError",
     "DeltaEvent",
+    "EmbedRequest",
+    "EmbedResult",
+    "EmbeddingRequest",
     "EndEvent",
     "EngineClient",
     "EngineDescription",
@@ -121,6 +125,7 @@ __all__ = [
     "Sampling",
     "SamplingParams",
     "SamplingPreset",
+    "ScoreRequest",
     "StartEvent",
     "StreamEvent",
     "StreamEventDelta",

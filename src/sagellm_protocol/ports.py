@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+from sagellm_protocol.embedding import EmbeddingRequest, EmbedRequest, EmbedResult, ScoreRequest
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
 from sagellm_protocol.generation import ChoiceDelta, GenerationRequest
 
-__all__ = ["ChatModel", "EngineClient", "PreparedRequest", "TextDecoder"]
+__all__ = ["ChatModel", "EmbeddingClient", "EmbeddingModel", "EngineClient", "PreparedRequest", "TextDecoder"]
 
 
 @runtime_checkable
@@ -124,4 +125,54 @@ class ChatModel(Protocol):
 
     def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Ids -> text."""
+        ...
+
+
+@runtime_checkable
+class EmbeddingClient(Protocol):
+    """What an `EngineClient` that can compute vectors offers besides its other methods."""
+
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        """Compute one vector for each input; cancelling the task drops what is not computed yet.
+
+        Raises:
+            UnsupportedError: the model cannot do this task, pooling or number of dimensions.
+            ContextLengthError: an input is longer than the context.
+            DeadlineExceededError: the request's own deadline passed.
+            EngineDiedError: the engine ended or the connection broke.
+        """
+        ...
+
+
+@runtime_checkable
+class EmbeddingModel(Protocol):
+    """The text side of a model that gives vectors. A `ChatModel` of a decoder offers these methods too."""
+
+    @property
+    def model_id(self) -> str:
+        """The name it is served under."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of one input."""
+        ...
+
+    def prepare_embedding(self, request: EmbeddingRequest) -> EmbedRequest:
+        """Tokenise and check.
+
+        Raises:
+            InvalidArgumentError: no input, an empty one, a token id out of the vocabulary.
+            ContextLengthError: an input does not fit and `truncate` is off; the message has both numbers.
+        """
+        ...
+
+    def prepare_score(self, request: ScoreRequest) -> EmbedRequest:
+        """Pair the query with each document and tokenise; `sagellm_protocol.embedding.relevance` reads the result.
+
+        Raises:
+            InvalidArgumentError: the query or a document is empty, or there is none.
+            ContextLengthError: a pair does not fit and `truncate` is off.
+            UnsupportedError: the model is no scorer.
+        """
         ...

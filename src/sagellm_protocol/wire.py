@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from sagellm_protocol.embedding import EmbedRequest, EmbedResult
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
 from sagellm_protocol.errors import Error, InvalidArgumentError, UnsupportedError
 from sagellm_protocol.prefix import BlockEvent
@@ -176,6 +177,7 @@ METHODS: dict[str, Method] = {
     "abort": Method(AbortParams, bool),
     "drain": Method(DrainParams, None),
     "block_events": Method(BlockEventsParams, tuple[BlockEvent, ...]),
+    "embed": Method(EmbedRequest, EmbedResult),
 }
 """Every method by name."""
 

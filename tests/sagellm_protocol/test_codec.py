@@ -24,6 +24,7 @@ from sagellm_protocol import (
     TokenLogprob,
     codec,
 )
+from sagellm_protocol.embedding import EmbedRequest
 from sagellm_protocol.errors import InvalidArgumentError, ProtocolVersionError
 from sagellm_protocol.registry import TYPES
 
@@ -82,6 +83,15 @@ SPECIAL = {
         top=st.lists(alternative, max_size=2).map(tuple),
     ),
     "SamplingParams": sampling,
+    "EmbedRequest": st.builds(
+        EmbedRequest,
+        request_id=text,
+        inputs=st.lists(st.lists(ints, min_size=1, max_size=3).map(tuple), min_size=1, max_size=3).map(tuple),
+        token_types=st.just(()),
+        task=st.sampled_from(["embed", "classify"]),
+        dimensions=st.none() | ints,
+        target_ids=st.just(()),
+    ),
     "Metrics": metrics,
     "Request": st.builds(
         lambda either, **kw: Request(**either, **kw),
