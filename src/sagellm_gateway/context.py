@@ -8,7 +8,8 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -18,6 +19,10 @@ from sagellm_gateway.errors import HttpError, Shape, openai_body, render, status
 from sagellm_gateway.guard import ClientGoneError, InFlight
 from sagellm_gateway.library import ModelLibrary, NoLibrary
 from sagellm_protocol.errors import InternalError, SageError, UnavailableError
+
+if TYPE_CHECKING:
+    from sagellm_gateway.store.database import Database
+    from sagellm_gateway.store.responses import ResponseStore
 
 __all__ = ["ANONYMOUS", "Call", "Endpoint", "Gateway", "Principal"]
 
@@ -57,6 +62,7 @@ class Gateway:
         ready: whether start-up is over.
         draining: set once by `drain`; new work is answered 503 from then on.
         in_flight: guards of the requests that run.
+        background: responses that are made without a listener, by id.
     """
 
     def __init__(self, manager: Any, config: GatewayConfig, library: ModelLibrary | None = None) -> None:
@@ -66,7 +72,34 @@ class Gateway:
         self.ready = False
         self.draining = False
         self.in_flight = InFlight()
+        self.background: dict[str, Any] = {}
         self.started_at = time.time()
+
+    @cached_property
+    def database(self) -> Database:
+        """The state file, opened when it is first needed."""
+        from sagellm_gateway.store.database import Database
+
+        return Database(self.config.state_path)
+
+    @cached_property
+    def responses(self) -> ResponseStore:
+        """Stored responses."""
+        from sagellm_gateway.store.responses import ResponseStore
+
+        return ResponseStore(self.database, self.config.response_limit, self.config.response_ttl_s)
+
+    async def open(self) -> None:
+        """Settle what an earlier process left unfinished."""
+        if self.config.state_path is not None:
+            await self.responses.fail_unfinished()
+
+    async def close(self) -> None:
+        """End background work and close the state file."""
+        for run in list(self.background.values()):
+            await run.stop()
+        if "database" in self.__dict__:
+            self.database.close()
 
     def admit(self) -> None:
         """Check that new work may start.

@@ -60,12 +60,14 @@ def create_app(
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     gateway: Gateway = app.state.gateway
     await _maybe_await(gateway.manager.start())
+    await gateway.open()
     gateway.ready = True
     try:
         yield
     finally:
         gateway.ready = False
         gateway.drain()
+        await gateway.close()
         await _maybe_await(gateway.manager.stop())
 
 

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from sagellm_gateway.context import Handler
 from sagellm_gateway.errors import Shape, anthropic_body, bare_body, ollama_body, openai_body
-from sagellm_gateway.routes import anthropic, models, ollama, openai, operation, tokens
+from sagellm_gateway.routes import anthropic, models, ollama, openai, operation, responses, tokens
 
 __all__ = ["ALIASED", "ROUTES", "RouteSpec"]
 
@@ -31,6 +31,12 @@ ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("POST", "/v1/completions", openai.completions),
     RouteSpec("GET", "/v1/models", models.list_models),
     RouteSpec("GET", "/v1/models/{model:path}", models.get_model),
+    RouteSpec("POST", "/v1/responses", responses.create),
+    RouteSpec("POST", "/v1/responses/input_tokens", responses.input_tokens),
+    RouteSpec("GET", "/v1/responses/{response}", responses.get),
+    RouteSpec("DELETE", "/v1/responses/{response}", responses.delete),
+    RouteSpec("POST", "/v1/responses/{response}/cancel", responses.cancel),
+    RouteSpec("GET", "/v1/responses/{response}/input_items", responses.input_items),
     RouteSpec("POST", "/v1/messages", anthropic.messages, "user", anthropic_body),
     RouteSpec("POST", "/v1/messages/count_tokens", anthropic.count_tokens, "user", anthropic_body),
     RouteSpec("POST", "/api/chat", ollama.chat, "user", ollama_body),

@@ -1,0 +1,600 @@
+"""POST /v1/responses: wire types, items -> neutral turns, events -> the response object and its stream of events.
+
+The events and objects follow the Open Responses specification, which is OpenAI's API plus ``response.reasoning.*`` for
+models that show their thoughts.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any, Literal
+
+import msgspec
+
+from sagellm_gateway.config import Limits
+from sagellm_gateway.dialects.openai_common import (
+    ContentPart,
+    ToolFunctionWire,
+    add_tool,
+    check_model,
+    encode_json,
+    grammar_of,
+    text_of_content,
+    token_logprob_json,
+)
+from sagellm_gateway.errors import openai_body
+from sagellm_protocol.errors import InvalidArgumentError, SageError, UnsupportedError
+from sagellm_protocol.generation import (
+    ChatMessage,
+    ChoiceDelta,
+    FunctionCall,
+    FunctionSpec,
+    GenerationEnd,
+    GenerationRequest,
+    GenerationStart,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+)
+from sagellm_protocol.sampling import SamplingParams
+
+__all__ = ["KNOWN", "REFUSED", "ResponseBuilder", "ResponsesBody", "event_bytes", "input_items", "request_of"]
+
+
+class ItemWire(msgspec.Struct, kw_only=True):
+    """An input item of any type; which fields must be there depends on `type`."""
+
+    type: str | None = None
+    id: str | None = None
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: str | list[ContentPart] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[ContentPart] | None = None
+    summary: list[ContentPart] | None = None
+    status: str | None = None
+    phase: str | None = None
+    encrypted_content: str | None = None
+
+
+class ResponsesTool(msgspec.Struct, kw_only=True):
+    """An entry of `tools`: functions are flat here."""
+
+    type: str
+    name: str | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponsesNamedTool(msgspec.Struct, kw_only=True):
+    """`tool_choice` as an object."""
+
+    type: str
+    name: str | None = None
+
+
+class ReasoningWire(msgspec.Struct, kw_only=True):
+    """`reasoning`."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+class FormatWire(msgspec.Struct, kw_only=True):
+    """`text.format`."""
+
+    type: str
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextWire(msgspec.Struct, kw_only=True):
+    """`text`."""
+
+    format: FormatWire | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class ResponsesBody(msgspec.Struct, kw_only=True):
+    """The request body."""
+
+    model: str
+    input: str | list[ItemWire] | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    tools: list[ResponsesTool] | None = None
+    tool_choice: str | ResponsesNamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextWire | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    max_output_tokens: int | None = None
+    top_logprobs: int | None = None
+    include: list[str] | None = None
+    reasoning: ReasoningWire | None = None
+    stream: bool | None = None
+    background: bool | None = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+KNOWN = frozenset(ResponsesBody.__struct_fields__)
+REFUSED = {
+    "conversation": "use previous_response_id",
+    "prompt": "stored prompt templates are not offered",
+    "context_management": "send the items that the model should see",
+}
+_LOGPROBS = "message.output_text.logprobs"
+
+
+def input_items(body: ResponsesBody) -> list[dict[str, Any]]:
+    """Return the items of `body` as they are stored and listed, each with an id.
+
+    Raises:
+        InvalidArgumentError: there is no input.
+    """
+    if body.input is None or body.input == []:
+        if body.previous_response_id is None:
+            raise InvalidArgumentError("input is missing: send text or items", param="input")
+        return []
+    items = [ItemWire(type="message", role="user", content=body.input)] if isinstance(body.input, str) else body.input
+    out = []
+    for item in items:
+        plain = {k: v for k, v in msgspec.to_builtins(item).items() if v is not None}
+        kind = plain.setdefault("type", "message")
+        plain.setdefault("id", _ITEM_PREFIX.get(kind, "item_") + secrets.token_hex(12))
+        if kind == "message":
+            plain.setdefault("status", "completed")
+            if isinstance(plain.get("content"), str):
+                part = "output_text" if plain.get("role") == "assistant" else "input_text"
+                plain["content"] = [{"type": part, "text": plain["content"]}]
+            plain["content"] = [_clean(p) for p in plain.get("content", [])]
+        out.append(plain)
+    return out
+
+
+_ITEM_PREFIX = {"message": "msg_", "function_call": "fc_", "function_call_output": "fco_", "reasoning": "rs_"}
+
+
+def _clean(part: dict[str, Any]) -> dict[str, Any]:
+    plain = {k: v for k, v in part.items() if v is not None}
+    if plain.get("type") == "output_text":
+        plain.setdefault("annotations", [])
+    return plain
+
+
+def request_of(
+    body: ResponsesBody, items: list[dict[str, Any]], request_id: str, limits: Limits, **extra: Any
+) -> GenerationRequest:
+    """Translate `body` with the whole history `items` (earlier responses first).
+
+    Raises:
+        InvalidArgumentError: something is missing, contradictory or out of range.
+        UnsupportedError: an item, tool or setting that no model here can do.
+    """
+    if body.truncation == "auto":
+        raise UnsupportedError(
+            "truncation auto is not supported: a prompt is never shortened silently", param="truncation"
+        )
+    tools = _tools(body.tools, limits)
+    metadata = dict(body.metadata or {})
+    if body.user:
+        metadata["user"] = body.user
+    effort = body.reasoning.effort if body.reasoning is not None else None
+    return GenerationRequest(
+        request_id=request_id,
+        model=check_model(body.model),
+        messages=tuple(_messages(body.instructions, items)),
+        sampling=_sampling(body, limits),
+        tools=tuple(tools.values()),
+        tool_choice=_tool_choice(body.tool_choice, tools),
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        reasoning=None if effort is None else effort not in ("none", "minimal"),
+        metadata=metadata,
+        **extra,
+    )
+
+
+def _tools(tools: list[ResponsesTool] | None, limits: Limits) -> dict[str, FunctionSpec]:
+    out: dict[str, FunctionSpec] = {}
+    for i, tool in enumerate(tools or ()):
+        if tool.type != "function":
+            raise UnsupportedError(
+                f"tools[{i}] is of type {tool.type[:40]!r}: only function tools are supported", param=f"tools[{i}].type"
+            )
+        wire = ToolFunctionWire(
+            name=tool.name or "", description=tool.description, parameters=tool.parameters, strict=tool.strict
+        )
+        add_tool(out, i, wire, limits)
+    return out
+
+
+def _tool_choice(choice: str | ResponsesNamedTool | None, tools: dict[str, FunctionSpec]) -> str:
+    if choice is None:
+        return "auto" if tools else "none"
+    if isinstance(choice, str):
+        if choice not in ("auto", "none", "required"):
+            raise InvalidArgumentError(
+                f"tool_choice is {choice[:40]!r}: use auto, none, required or a function", param="tool_choice"
+            )
+        if choice == "required" and not tools:
+            raise InvalidArgumentError("tool_choice is required but tools is empty", param="tool_choice")
+        return choice
+    if choice.type != "function":
+        raise UnsupportedError(f"tool_choice of type {choice.type[:40]!r} is not supported", param="tool_choice")
+    if choice.name not in tools:
+        raise InvalidArgumentError(
+            f"tool_choice names {(choice.name or '')[:64]!r}, which is not in tools", param="tool_choice"
+        )
+    return str(choice.name)
+
+
+def _sampling(body: ResponsesBody, limits: Limits) -> SamplingParams:
+    names = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
+    given: dict[str, Any] = {name: value for name in names if (value := getattr(body, name)) is not None}
+    if body.max_output_tokens is not None:
+        if body.max_output_tokens < 1:
+            raise InvalidArgumentError(
+                f"max_output_tokens is {body.max_output_tokens}: it must be at least 1", param="max_output_tokens"
+            )
+        given["max_tokens"] = body.max_output_tokens
+    for name in body.include or ():
+        if name != _LOGPROBS:
+            raise UnsupportedError(f"include: {name[:60]!r} is not supported, only {_LOGPROBS}", param="include")
+    if body.top_logprobs is not None and not 0 <= body.top_logprobs <= 20:
+        raise InvalidArgumentError(f"top_logprobs is {body.top_logprobs}: it must be 0 to 20", param="top_logprobs")
+    if wants_logprobs(body):
+        given["logprobs"] = body.top_logprobs or 0
+    if body.text is not None and body.text.format is not None:
+        given["grammar"] = grammar_of(body.text.format.type, body.text.format.schema, limits, "text.format")
+    return SamplingParams(**given)
+
+
+def wants_logprobs(body: ResponsesBody) -> bool:
+    """Return whether output text carries log probabilities."""
+    return bool(body.top_logprobs) or _LOGPROBS in (body.include or ())
+
+
+def _messages(instructions: str | None, items: list[dict[str, Any]]) -> list[ChatMessage]:
+    out: list[ChatMessage] = []
+    if instructions:
+        out.append(ChatMessage(role="system", content=instructions))
+    turn = _Assistant()
+    for i, raw in enumerate(items):
+        item = msgspec.convert(raw, ItemWire)
+        where = f"input[{i}]"
+        if item.type == "message" and item.role == "assistant":
+            turn.say(text_of_content(item.content, f"{where}.content") or "")
+        elif item.type == "function_call":
+            turn.call(item, where)
+        elif item.type == "reasoning":
+            turn.think(item)
+        else:
+            out.extend(turn.flush())
+            out.append(_other(item, where))
+    out.extend(turn.flush())
+    if not out:
+        raise InvalidArgumentError("input is empty: send at least one message", param="input")
+    return out
+
+
+def _other(item: ItemWire, where: str) -> ChatMessage:
+    if item.type == "message":
+        if item.role is None:
+            raise InvalidArgumentError(f"{where}.role is missing", param=f"{where}.role")
+        content = text_of_content(item.content, f"{where}.content")
+        if content is None:
+            raise InvalidArgumentError(f"{where} has no content", param=f"{where}.content")
+        return ChatMessage(role=item.role, content=content)
+    if item.type == "function_call_output":
+        if not item.call_id:
+            raise InvalidArgumentError(f"{where}.call_id is missing", param=f"{where}.call_id")
+        text = text_of_content(item.output, f"{where}.output")
+        return ChatMessage(role="tool", content=text or "", tool_call_id=item.call_id)
+    raise UnsupportedError(
+        f"{where} is of type {(item.type or '')[:40]!r}: use message, function_call, function_call_output or reasoning",
+        param=where,
+    )
+
+
+class _Assistant:
+    """Gathers the items of one assistant turn: thoughts, text, calls."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.thoughts: list[str] = []
+        self.calls: list[ToolCall] = []
+
+    def say(self, text: str) -> None:
+        self.text.append(text)
+
+    def think(self, item: ItemWire) -> None:
+        content = item.content if isinstance(item.content, list) else []
+        self.thoughts.extend(p.text for p in content if p.text)
+
+    def call(self, item: ItemWire, where: str) -> None:
+        if not item.call_id or not item.name:
+            raise InvalidArgumentError(f"{where} needs call_id and name", param=where)
+        self.calls.append(
+            ToolCall(id=item.call_id, function=FunctionCall(name=item.name, arguments=item.arguments or ""))
+        )
+
+    def flush(self) -> list[ChatMessage]:
+        if not (self.text or self.calls):
+            self.thoughts.clear()
+            return []
+        message = ChatMessage(
+            role="assistant",
+            content="".join(self.text) if self.text else None,
+            tool_calls=tuple(self.calls),
+            reasoning="".join(self.thoughts) or None,
+        )
+        self.text, self.thoughts, self.calls = [], [], []
+        return [message]
+
+
+def event_bytes(event: dict[str, Any]) -> bytes:
+    """Return one event of the stream as bytes."""
+    return f"event: {event['type']}\ndata: ".encode() + encode_json(event) + b"\n\n"
+
+
+class ResponseBuilder:
+    """The response object as it grows. Each method returns the events that describe what happened.
+
+    Args:
+        body: the request.
+        response_id: id of the response.
+        created: unix seconds.
+    """
+
+    def __init__(self, body: ResponsesBody, response_id: str, created: int) -> None:
+        self.response = _resource(body, response_id, created)
+        self.sequence = 0
+        self._logprobs = wants_logprobs(body)
+        self._item: dict[str, Any] | None = None
+        self._key: tuple[str, int] = ("", 0)
+        self._parts: list[str] = []
+        self._entries: list[dict[str, Any]] = []
+        self._finish: str | None = None
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        event = {"type": kind, "sequence_number": self.sequence, **fields}
+        self.sequence += 1
+        return event
+
+    def _snapshot(self) -> dict[str, Any]:
+        return {**self.response, "output": list(self.response["output"])}
+
+    def created(self) -> list[dict[str, Any]]:
+        """The request was accepted by the gateway."""
+        return [self._event("response.created", response=self._snapshot())]
+
+    def queued(self) -> list[dict[str, Any]]:
+        """The request waits (background)."""
+        self.response["status"] = "queued"
+        return [self._event("response.queued", response=self._snapshot())]
+
+    def start(self, event: GenerationStart) -> list[dict[str, Any]]:  # noqa: ARG002  (one signature for all dialects)
+        """The prompt was accepted by an engine."""
+        self.response["status"] = "in_progress"
+        return [self._event("response.in_progress", response=self._snapshot())]
+
+    def delta(self, event: ChoiceDelta) -> list[dict[str, Any]]:
+        """Something was gained: items open and close as its kind changes."""
+        out: list[dict[str, Any]] = []
+        if event.reasoning:
+            out += self._enter("reasoning", 0)
+            out.append(self._piece("response.reasoning.delta", event.reasoning, content_index=0))
+        if event.text or (self._logprobs and event.logprobs and not event.reasoning and not event.tool_calls):
+            out += self._enter("message", 0)
+            out.append(self._text(event))
+        for piece in event.tool_calls:
+            out += self._enter("function_call", piece.index, call_id=piece.id, name=piece.name)
+            if piece.arguments:
+                out.append(self._piece("response.function_call_arguments.delta", piece.arguments))
+        if event.finish_reason:
+            self._finish = event.finish_reason
+            out += self._leave("incomplete" if event.finish_reason == "length" else "completed")
+        return out
+
+    def _text(self, event: ChoiceDelta) -> dict[str, Any]:
+        entries = _logprob_entries(event.logprobs) if self._logprobs and event.logprobs else []
+        self._entries += entries
+        return self._piece("response.output_text.delta", event.text, content_index=0, logprobs=entries)
+
+    def _piece(self, kind: str, delta: str, **more: Any) -> dict[str, Any]:
+        self._parts.append(delta)
+        return self._event(kind, **self._where(), delta=delta, **more)
+
+    def _where(self) -> dict[str, Any]:
+        assert self._item is not None
+        return {"item_id": self._item["id"], "output_index": len(self.response["output"]) - 1}
+
+    def _enter(self, kind: str, key: int, **fields: Any) -> list[dict[str, Any]]:
+        if self._item is not None and self._key == (kind, key):
+            return []
+        out = self._leave("completed")
+        item = _new_item(kind, **fields)
+        self._item, self._key, self._parts, self._entries = item, (kind, key), [], []
+        self.response["output"].append(item)
+        index = len(self.response["output"]) - 1
+        out.append(self._event("response.output_item.added", output_index=index, item=dict(item)))
+        if kind != "function_call":
+            part = _part(kind, "", [])
+            out.append(self._event("response.content_part.added", **self._where(), content_index=0, part=part))
+        return out
+
+    def _leave(self, status: str) -> list[dict[str, Any]]:
+        if self._item is None:
+            return []
+        kind, text, where = self._key[0], "".join(self._parts), self._where()
+        out: list[dict[str, Any]] = []
+        item = dict(self._item)
+        if kind == "function_call":
+            item["arguments"] = text
+            out.append(self._event("response.function_call_arguments.done", **where, name=item["name"], arguments=text))
+        else:
+            part = _part(kind, text, self._entries)
+            item["content"] = [part]
+            if kind == "message":
+                fields: dict[str, Any] = {"text": text, "logprobs": self._entries}
+                out.append(self._event("response.output_text.done", **where, content_index=0, **fields))
+            else:
+                out.append(self._event("response.reasoning.done", **where, content_index=0, text=text))
+            out.append(self._event("response.content_part.done", **where, content_index=0, part=part))
+        if "status" in item:
+            item["status"] = status
+        self.response["output"][-1] = item
+        self._item = None
+        out.append(self._event("response.output_item.done", output_index=where["output_index"], item=item))
+        return out
+
+    def end(self, event: GenerationEnd, completed_at: int) -> list[dict[str, Any]]:
+        """All is there: usage and the final status."""
+        out = self._leave("completed")
+        self.response["usage"] = _usage(event.usage)
+        self.response["completed_at"] = completed_at
+        if self._finish == "length":
+            self.response["status"] = "incomplete"
+            self.response["completed_at"] = None
+            self.response["incomplete_details"] = {"reason": "max_output_tokens"}
+            kind = "response.incomplete"
+        else:
+            self.response["status"] = "completed"
+            kind = "response.completed"
+        out.append(self._event(kind, response=self._snapshot()))
+        return out
+
+    def error(self, error: SageError) -> list[dict[str, Any]]:
+        """The request failed: what was said so far stays, as incomplete."""
+        out = self._leave("incomplete")
+        body = openai_body(error, "")["error"]
+        self.response["status"] = "failed"
+        self.response["error"] = {"code": body["code"], "message": body["message"]}
+        out.append(self._event("error", error=body, **{k: body[k] for k in ("code", "message", "param")}))
+        out.append(self._event("response.failed", response=self._snapshot()))
+        return out
+
+    def cancel(self, error: SageError) -> list[dict[str, Any]]:
+        """Somebody cancelled the request: what was said so far stays, as incomplete."""
+        out = self._leave("incomplete")
+        self.response["status"] = "cancelled"
+        body = openai_body(error, "")["error"]
+        out.append(self._event("error", error=body, **{k: body[k] for k in ("code", "message", "param")}))
+        return out
+
+
+def _new_item(kind: str, **fields: Any) -> dict[str, Any]:
+    item_id = _ITEM_PREFIX[kind] + secrets.token_hex(12)
+    if kind == "message":
+        return {"type": kind, "id": item_id, "status": "in_progress", "role": "assistant", "content": []}
+    if kind == "reasoning":
+        return {"type": kind, "id": item_id, "summary": [], "content": []}
+    return {
+        "type": kind,
+        "id": item_id,
+        "call_id": fields["call_id"],
+        "name": fields["name"],
+        "arguments": "",
+        "status": "in_progress",
+    }
+
+
+def _part(kind: str, text: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    if kind == "reasoning":
+        return {"type": "reasoning_text", "text": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(entries)}
+
+
+def _logprob_entries(entries: tuple[TokenLogprob, ...]) -> list[dict[str, Any]]:
+    return [token_logprob_json(e) for e in entries]
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.total_tokens,
+    }
+
+
+def _format_json(form: FormatWire | None) -> dict[str, Any]:
+    if form is None:
+        return {"type": "text"}
+    if form.type != "json_schema":
+        return {"type": form.type}
+    return {
+        "type": form.type,
+        "name": form.name or "response",
+        "description": form.description,
+        "schema": form.schema,
+        "strict": form.strict is not False,
+    }
+
+
+def _resource(body: ResponsesBody, response_id: str, created: int) -> dict[str, Any]:
+    reasoning = body.reasoning
+    text: dict[str, Any] = {"format": _format_json(body.text.format if body.text is not None else None)}
+    if body.text is not None and body.text.verbosity is not None:
+        text["verbosity"] = body.text.verbosity
+    choice = body.tool_choice if body.tool_choice is not None else "auto"
+    return {
+        "id": response_id,
+        "object": "response",
+        "created_at": created,
+        "completed_at": None,
+        "status": "in_progress",
+        "background": bool(body.background),
+        "error": None,
+        "incomplete_details": None,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": None,
+        "model": body.model,
+        "output": [],
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": body.previous_response_id,
+        "presence_penalty": body.presence_penalty or 0.0,
+        "frequency_penalty": body.frequency_penalty or 0.0,
+        "prompt_cache_key": body.prompt_cache_key,
+        "reasoning": {
+            "effort": reasoning.effort if reasoning is not None else None,
+            "summary": reasoning.summary if reasoning is not None else None,
+        },
+        "safety_identifier": body.safety_identifier,
+        "service_tier": "default",
+        "store": body.store is not False,
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "text": text,
+        "tool_choice": choice if isinstance(choice, str) else msgspec.to_builtins(choice),
+        "tools": [
+            {
+                "type": "function",
+                "name": t.name,
+                "description": t.description,
+                "parameters": t.parameters,
+                "strict": t.strict,
+            }
+            for t in body.tools or ()
+        ],
+        "top_logprobs": body.top_logprobs or 0,
+        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "truncation": "disabled",
+        "usage": None,
+        "user": body.user,
+        "metadata": body.metadata or {},
+    }
