@@ -88,7 +88,8 @@ class AdmissionConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         max_waiting: requests held centrally for one model; beyond it the least urgent is refused.
-        overcommit: requests sent to an engine beyond its slots, as a share of them (at least 2), so that it never idles.
+        overcommit: requests sent to an engine beyond its slots, as a share of them (at least 2, unless the share is 0), so
+            that it never idles.
         hold_above_s: predicted wait on every engine above which requests are held centrally instead of sent.
         slo: refuse what is predicted to miss it; None lets everything queue.
         reserve: share of the waiting budget that bands less urgent than HIGH may not use.

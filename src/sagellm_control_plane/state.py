@@ -142,12 +142,17 @@ class ControlState:
         record = self._records.get(request_id)
         return record is not None and record.queued_at is not None
 
+    def emitted(self, request_id: str) -> int:
+        """Tokens of a sequence that attempts before the present one produced."""
+        return self._records[request_id].request.emitted
+
     # -- engines ---------------------------------------------------------------------------------------------------
 
     def _on_joined(self, event: EngineJoined, _now: float) -> list[Command]:
         profile = event.engine
         slots = profile.slots or self.config.default_slots
-        limit = slots + max(2, int(slots * self.config.admission.overcommit))
+        overcommit = self.config.admission.overcommit
+        limit = slots + (max(2, int(slots * overcommit)) if overcommit > 0.0 else 0)
         engine = EngineView(profile, self.config.prior, Breaker(self.config.breaker), limit)
         self.view.add(engine)
         self.view.prefix.set_capacity(engine.engine_id, profile.n_blocks or 4096)
