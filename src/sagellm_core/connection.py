@@ -47,7 +47,7 @@ class Connection(asyncio.Protocol):
         self._streams: dict[int, asyncio.Task[None]] = {}
         self._by_request: dict[str, asyncio.Task[None]] = {}
         self._aborted: set[asyncio.Task[None]] = set()
-        self._calls: set[asyncio.Task[None]] = set()
+        self._calls: dict[int, asyncio.Task[None]] = {}
         self._outbound: list[tuple[int, TokenDelta]] = []
         self._flush_planned = False
         self._paused = False
@@ -80,7 +80,7 @@ class Connection(asyncio.Protocol):
         self._hello_timer.cancel()
         self._transport = None
         self._server.connections.discard(self)
-        for task in [*self._streams.values(), *self._calls]:
+        for task in [*self._streams.values(), *self._calls.values()]:
             task.cancel()
 
     # what the client says
@@ -95,14 +95,11 @@ class Connection(asyncio.Protocol):
             case wire.Submit(stream=stream, request=request):
                 self._submit(stream, request)
             case wire.Abort(stream=stream):
-                task = self._streams.get(stream)
-                if task is not None:
-                    task.cancel()
-                    self._aborted.add(task)
+                self._abort(stream)
             case wire.Call():
-                task = self._server.loop.create_task(self._answer(message))
-                self._calls.add(task)
-                task.add_done_callback(self._calls.discard)
+                self._call(message)
+            case wire.Cancel(call_id=call_id):
+                self._cancel(call_id)
             case wire.Goodbye():
                 self._transport.close()
             case wire.Hello():
@@ -143,6 +140,12 @@ class Connection(asyncio.Protocol):
         self._server.sequence_started()
         task.add_done_callback(lambda done: self._ended(stream, request.request_id, done))
 
+    def _abort(self, stream: int) -> None:
+        task = self._streams.get(stream)
+        if task is not None:
+            task.cancel()
+            self._aborted.add(task)
+
     async def _run(self, stream: int, request: EngineRequest, earlier: asyncio.Task[None] | None) -> None:
         if earlier is not None and earlier in self._aborted:
             await asyncio.wait([earlier])  # the engine still lets go of an aborted sequence of the same id
@@ -169,13 +172,34 @@ class Connection(asyncio.Protocol):
         if isinstance(exc, EngineDiedError):
             self._server.engine_died(exc)
 
+    def _call(self, message: wire.Call) -> None:
+        call_id = message.call_id
+        if call_id in self._calls:
+            raise InvalidArgumentError(f"call number {call_id} came twice on one connection", param="call_id")
+        task = self._server.loop.create_task(self._answer(message))
+        self._calls[call_id] = task
+        is_work = message.method == "embed"
+        if is_work:
+            self._server.sequence_started()
+
+        def ended(done: asyncio.Task[None]) -> None:
+            del self._calls[call_id]
+            if is_work:
+                self._server.sequence_ended()
+            exc = None if done.cancelled() else done.exception()
+            if exc is not None:
+                self.send(wire.Reply(call_id=call_id, error=_as_error(exc).to_wire()))
+
+        task.add_done_callback(ended)
+
+    def _cancel(self, call_id: int) -> None:
+        task = self._calls.get(call_id)
+        if task is not None:
+            task.cancel()
+
     async def _answer(self, message: wire.Call) -> None:
-        try:
-            result = await self._server.invoke(message.method, wire.decode_params(message))
-        except SageError as exc:
-            self.send(wire.Reply(call_id=message.call_id, error=exc.to_wire()))
-        else:
-            self.send(wire.reply(message.call_id, result))
+        result = await self._server.invoke(message.method, wire.decode_params(message))
+        self.send(wire.reply(message.call_id, result))
 
     # what the client is told
 

@@ -196,7 +196,9 @@ class EngineServer:
         while True:
             status = await self._status()
             if self._watchdog is not None:
-                self._watchdog.report(status.steps, busy=status.running + status.waiting > 0)
+                self._watchdog.report(
+                    status.steps, busy=status.phase == "ready" and status.running + status.waiting > 0
+                )
             frame = wire.encode_frame(wire.Heartbeat(status=status))
             for connection in list(self.connections):
                 connection.beat(frame)
@@ -220,6 +222,8 @@ async def run(
     hang_s: float = 120.0,
     status_fd: int | None = None,
     parent_fd: int | None = None,
+    keep_alive_s: float = 0.0,
+    rebuild: Callable[[], EngineClient] | None = None,
 ) -> int:
     """Serve `engine` on `listener` with signals, watchdog and reports in place; return the exit status.
 
@@ -232,11 +236,18 @@ async def run(
         hang_s: seconds without progress after which the process dumps its stacks and ends; 0 is never.
         status_fd: where the one line of readiness goes.
         parent_fd: the process drains and ends when this is closed at the other end.
+        keep_alive_s: idle seconds after which the engine is closed; 0 is never.
+        rebuild: makes the engine again when a request comes after that.
     """
+    description = await engine.describe()
+    if keep_alive_s > 0 and rebuild is not None:
+        from sagellm_core.keepalive import KeepAliveEngine
+
+        engine = KeepAliveEngine(engine, description, rebuild, keep_alive_s)
     watchdog = Watchdog(hang_s, sys.stderr) if hang_s > 0 else None
     server = EngineServer(
         engine,
-        await engine.describe(),
+        description,
         listener,
         token=token,
         heartbeat_s=heartbeat_s,
@@ -296,6 +307,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hang_s=args.hang_timeout,
         status_fd=args.status_fd,
         parent_fd=args.parent_fd,
+        keep_alive_s=args.keep_alive,
+        rebuild=lambda: _build(args.config),
     )
     with _runner() as runner:
         status: int = runner.run(serving)
@@ -372,6 +385,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--grace", type=float, default=30.0, help="seconds for sequences to finish after SIGTERM")
     parser.add_argument(
         "--hang-timeout", type=float, default=120.0, help="seconds without progress before exit; 0 is never"
+    )
+    parser.add_argument(
+        "--keep-alive", type=float, default=0.0, help="idle seconds before the model is unloaded; 0 is never"
     )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from sagellm_protocol.errors import Error
-from sagellm_protocol.generation import FinishReason, GenerationRequest, Priority, TokenLogprob
+from sagellm_protocol.generation import FinishReason, GenerationRequest, Priority, TokenLogprob, ToolCallDelta, Usage
 from sagellm_protocol.sampling import SamplingParams
 
 __all__ = ["EngineDescription", "EngineRequest", "EngineStatus", "Histogram", "TokenDelta"]
@@ -30,6 +32,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         cache_salt: separates prefix caches of tenants.
         adapter: name of a LoRA adapter.
         source: the neutral request, for engines that take text instead of token ids (foreign ones).
+        emitted_text: what an earlier foreign engine already emitted, where only its text is known.
     """
 
     request_id: str
@@ -44,6 +47,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     cache_salt: str = ""
     adapter: str | None = None
     source: GenerationRequest | None = None
+    emitted_text: str = ""
 
 
 class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -51,6 +55,8 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     The first delta of a sequence (possibly without a token) has `prompt_tokens`. An end-of-sequence or stop id that ended
     the sequence is in `stop_token_id`, not in `token_ids`.
+
+    Engines that give text instead of ids (foreign ones) fill `text`, `reasoning` and `tool_calls`, and `usage` at the end.
     """
 
     request_id: str
@@ -63,6 +69,9 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_tokens: int | None = None
     cached_tokens: int = 0
     text: str | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    usage: Usage | None = None
 
 
 class EngineDescription(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -103,7 +112,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     `steps` is the progress counter: an engine with work whose `steps` stands still is hung. `prefix_queries` and
     `prefix_hits` count prompt tokens. Spilled blocks lie on disk, `spill_hits` of them were brought back. `histograms` has
-    ttft_s, tpot_s, itl_s, queue_s, step_s and batch_rows.
+    ttft_s, tpot_s, itl_s, queue_s, step_s and batch_rows. An engine that is not in the phase ``ready`` has its model out of
+    memory, or is just loading it: it takes requests, and its steps stand still until the model is there.
     """
 
     engine_id: str
@@ -134,3 +144,4 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     spill_hits: int = 0
     spill_errors: int = 0
     histograms: dict[str, Histogram] = {}
+    phase: Literal["ready", "loading", "unloaded"] = "ready"

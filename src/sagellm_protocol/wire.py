@@ -30,6 +30,7 @@ __all__ = [
     "AbortParams",
     "BlockEventsParams",
     "Call",
+    "Cancel",
     "Deltas",
     "DrainParams",
     "Failure",
@@ -105,6 +106,12 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, tag="call"):
     params: msgspec.Raw
 
 
+class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
+    """Nobody waits for the answer to a call any more: stop working on it."""
+
+    call_id: int
+
+
 class Deltas(msgspec.Struct, frozen=True, kw_only=True, tag="deltas"):
     """What the streams of this connection gained, with their numbers."""
 
@@ -138,7 +145,7 @@ class Goodbye(msgspec.Struct, frozen=True, kw_only=True, tag="goodbye"):
     reason: str
 
 
-ToEngine: TypeAlias = Hello | Submit | Abort | Call | Goodbye
+ToEngine: TypeAlias = Hello | Submit | Abort | Call | Cancel | Goodbye
 FromEngine: TypeAlias = Welcome | Deltas | Reply | Heartbeat | Failure | Goodbye
 
 

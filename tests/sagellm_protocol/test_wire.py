@@ -48,6 +48,7 @@ TO_ENGINE = [
     wire.Submit(stream=1, request=REQUEST),
     wire.Abort(stream=1),
     wire.call(7, "abort", wire.AbortParams(request_id="r")),
+    wire.Cancel(call_id=7),
     wire.Goodbye(reason="done"),
 ]
 FROM_ENGINE = [

@@ -11,6 +11,7 @@ from typing import Any, cast
 import msgspec
 
 from sagellm_protocol import wire
+from sagellm_protocol.embedding import EmbedRequest, EmbedResult
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
 from sagellm_protocol.errors import (
     DeadlineExceededError,
@@ -105,17 +106,17 @@ class WireEngineClient:
 
     async def status(self) -> EngineStatus:
         """Ask the engine what it is doing now."""
-        status: EngineStatus = await self._call("status", wire.NoParams())
+        status: EngineStatus = await self._call("status", wire.NoParams(), self._timeouts.call)
         return status
 
     async def abort(self, request_id: str) -> bool:
         """Abort a sequence by id, whoever submitted it."""
-        found: bool = await self._call("abort", wire.AbortParams(request_id=request_id))
+        found: bool = await self._call("abort", wire.AbortParams(request_id=request_id), self._timeouts.call)
         return found
 
     async def drain(self, timeout_s: float) -> None:
         """Ask the engine to refuse new sequences, finish those it has within `timeout_s` seconds, and end."""
-        await self._call("drain", wire.DrainParams(timeout_s=timeout_s))
+        await self._call("drain", wire.DrainParams(timeout_s=timeout_s), self._timeouts.call)
 
     async def block_events(self, after: int) -> tuple[BlockEvent, ...]:
         """Return the changes of the engine's prefix cache that follow number `after`.
@@ -123,7 +124,9 @@ class WireEngineClient:
         Raises:
             UnsupportedError: the engine does not report them.
         """
-        events: tuple[BlockEvent, ...] = await self._call("block_events", wire.BlockEventsParams(after=after))
+        events: tuple[BlockEvent, ...] = await self._call(
+            "block_events", wire.BlockEventsParams(after=after), self._timeouts.call
+        )
         return events
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
@@ -140,21 +143,31 @@ class WireEngineClient:
         finally:
             connection.release(stream)
 
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        """Compute vectors; cancelling the task tells the engine to stop.
+
+        Raises:
+            UnsupportedError: the engine computes none.
+            DeadlineExceededError: `request.deadline_s` passed.
+        """
+        result: EmbedResult = await self._call("embed", request, request.deadline_s)
+        return result
+
     async def close(self) -> None:
         """End the connection; open streams end with `EngineDiedError`, and the engine aborts them. Idempotent."""
         self._closed = True
         if self._connection is not None:
             self._connection.leave()
 
-    async def _call(self, method: str, params: msgspec.Struct) -> Any:
+    async def _call(self, method: str, params: msgspec.Struct, timeout_s: float | None) -> Any:
         connection = await self._ensure()
         if method not in connection.welcome.methods:
             raise UnsupportedError(f"engine {self._engine_id!r} does not offer {method!r}", param="method")
         try:
-            return await asyncio.wait_for(connection.call(method, params), self._timeouts.call)
+            return await asyncio.wait_for(connection.call(method, params), timeout_s)
         except asyncio.TimeoutError:
             raise DeadlineExceededError(
-                f"engine {self._engine_id!r} did not answer {method!r} within {self._timeouts.call:g} s"
+                f"engine {self._engine_id!r} did not answer {method!r} within {timeout_s:g} s"
             ) from None
 
     async def _ensure(self) -> _Connection:
@@ -413,7 +426,8 @@ class _Connection(asyncio.Protocol):
             self.send(wire.call(call_id, method, params))
             return await future
         finally:
-            self._calls.pop(call_id, None)
+            if self._calls.pop(call_id, None) is not None and (future.cancelled() or not future.done()):
+                self.send(wire.Cancel(call_id=call_id))
 
     def leave(self) -> None:
         """Say goodbye and end."""

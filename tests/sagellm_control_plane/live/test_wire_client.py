@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sagellm_control_plane.live.wire_client import WireEngineClient, WireTimeouts, merge
 from sagellm_protocol import EngineDescription, EngineRequest, EngineStatus, SamplingParams, TokenDelta, wire
+from sagellm_protocol.embedding import EmbedRequest, EmbedResult
 from sagellm_protocol.errors import (
     DeadlineExceededError,
     EngineDiedError,
@@ -300,6 +301,26 @@ async def test_calls(tmp_path):
         assert (status.steps, found) == (3, True)
         with pytest.raises(UnsupportedError, match="does not offer 'drain'"):
             await client.drain(1.0)
+
+
+async def test_embedding_and_its_cancellation(tmp_path):
+    """Vectors come back as bytes; giving up on them tells the engine to stop."""
+    cancelled = asyncio.get_running_loop().create_future()
+
+    async def script(engine: Engine) -> None:
+        await engine.welcome(("embed",))
+        first = await engine.receive()
+        assert wire.decode_params(first) == EmbedRequest(request_id="v", inputs=((1, 2),))
+        engine.send(wire.reply(first.call_id, EmbedResult(request_id="v", width=1, data=b"\0\0\x80?", prompt_tokens=2)))
+        second = await engine.receive()
+        cancelled.set_result(await engine.receive() == wire.Cancel(call_id=second.call_id))
+        await engine.receive()
+
+    async with engine_that(tmp_path, script) as client:
+        assert (await client.embed(EmbedRequest(request_id="v", inputs=((1, 2),)))).vectors() == [[1.0]]
+        with pytest.raises(DeadlineExceededError, match=r"'embed' within 0\.05 s"):
+            await client.embed(EmbedRequest(request_id="w", inputs=((1,),), deadline_s=0.05))
+        assert await cancelled
 
 
 async def test_call_without_answer(tmp_path):
