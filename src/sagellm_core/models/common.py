@@ -10,7 +10,7 @@ from sagellm_core.models.rope import Layout, gguf_rope, hf_rope
 from sagellm_core.models.views import Config, Metadata
 from sagellm_protocol.errors import ModelFileError
 
-__all__ = ["activation", "gguf_base", "hf_base", "hf_windows", "rope_context"]
+__all__ = ["activation", "all_layers", "gguf_base", "gguf_windows", "hf_base", "hf_windows", "rope_context"]
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -19,6 +19,11 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu": "gelu",
 }
+
+
+def all_layers(count: int) -> tuple[int, ...]:
+    """Return 0 … count - 1, of no more layers than `check_spec` lets pass."""
+    return tuple(range(max(0, min(count, 4097))))
 
 
 def activation(config: Config, key: str = "hidden_act", default: str | None = None) -> str:
@@ -56,7 +61,7 @@ def gguf_base(meta: Metadata, *, layout: Layout, **changes: Any) -> DecoderSpec:
         "vocab_size": meta.vocab_size(),
         "context_length": meta.integer("context_length"),
         "norm_eps": meta.number("attention.layer_norm_rms_epsilon"),
-        "attention_scale": 1.0 / math.sqrt(max(head_dim, 1)),
+        "attention_scale": meta.number("attention.scale", 0.0) or 1.0 / math.sqrt(max(head_dim, 1)),
         "tied_head": "output.weight" not in meta.shapes,
     }
     if "rope" not in changes:
@@ -115,6 +120,21 @@ def rope_context(length: int, view: Config | Metadata, rope: RopeSpec | None) ->
             "original_max_position_embeddings", view.integer("original_max_position_embeddings", length)
         )
     return length
+
+
+def gguf_windows(meta: Metadata, window: int, pattern: int, n_layers: int) -> tuple[int, ...]:
+    """Return each layer's window: `window`, but every `pattern`-th layer sees all, or as the file says of each layer.
+
+    Raises:
+        ModelFileError: as many flags as layers are expected.
+    """
+    flags = meta.flags("attention.sliding_window_pattern")
+    if flags is None:
+        pattern = meta.integer("attention.sliding_window_pattern", pattern)
+        flags = tuple(pattern < 1 or (layer + 1) % pattern != 0 for layer in all_layers(n_layers))
+    elif len(flags) != n_layers:
+        raise ModelFileError(f"GGUF metadata has {len(flags)} window flags for {n_layers} layers: it is malformed")
+    return tuple(window if flag else 0 for flag in flags)
 
 
 def hf_windows(config: Config, n_layers: int, *, default_on: bool = True) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from sagellm_backend.spec import DecoderSpec, RopeSpec
 from sagellm_core.models.base import Family, Slots, gguf_slots, hf_slots
-from sagellm_core.models.common import activation, gguf_base, hf_base, hf_windows
+from sagellm_core.models.common import activation, all_layers, gguf_base, gguf_windows, hf_base, hf_windows
 from sagellm_core.models.rope import hf_rope
 from sagellm_core.models.views import Config, Metadata
 
@@ -24,7 +24,7 @@ _LAYERS_27B = 62  # its file does not say that it scales by d_model / heads
 
 
 def _windows(window: int, n_layers: int, pattern: int) -> tuple[int, ...]:
-    return tuple(0 if pattern > 0 and (layer + 1) % pattern == 0 else window for layer in range(min(n_layers, 4096)))
+    return tuple(0 if pattern > 0 and (layer + 1) % pattern == 0 else window for layer in all_layers(n_layers))
 
 
 def _gguf(meta: Metadata) -> DecoderSpec:
@@ -37,7 +37,7 @@ def _gguf(meta: Metadata) -> DecoderSpec:
         activation="gelu_tanh",
         embed_scale=math.sqrt(max(d_model, 1)),
         final_softcap=meta.number("final_logit_softcapping", 0.0),
-        windows=_windows(meta.integer("attention.sliding_window"), n_layers, _PATTERN),
+        windows=gguf_windows(meta, meta.integer("attention.sliding_window"), _PATTERN, n_layers),
     )
     theta = meta.number("rope.freq_base_swa", _LOCAL_THETA)
     local = RopeSpec(theta=theta, dim=spec.rope.dim)

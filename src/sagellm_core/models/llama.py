@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sagellm_backend.spec import DecoderSpec, ExpertSpec
 from sagellm_core.models.base import Family, gguf_slots, hf_slots
-from sagellm_core.models.common import gguf_base, hf_base, hf_windows
+from sagellm_core.models.common import all_layers, gguf_base, hf_base, hf_windows
 from sagellm_core.models.views import Config, Metadata
 
 __all__ = ["FAMILY"]
@@ -19,7 +19,7 @@ def _gguf(meta: Metadata) -> DecoderSpec:
     experts = ExpertSpec(
         n_experts=n_experts, top_k=meta.integer("expert_used_count"), d_ff=meta.integer("feed_forward_length")
     )
-    layers = tuple(range(max(0, min(meta.integer("block_count"), 4096))))
+    layers = all_layers(meta.integer("block_count"))
     return gguf_base(meta, layout="interleaved", experts=experts, expert_layers=layers)
 
 

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sagellm_core.models import gemma3, llama
+from sagellm_core.models import gemma2, gemma3, granite, llama, mixtral, olmo2, phi3, qwen
 from sagellm_core.models.base import Family
 from sagellm_protocol.errors import ModelFileError
 
 __all__ = ["FAMILIES", "family_of_gguf", "family_of_hf"]
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, gemma3.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    mixtral.FAMILY,
+    qwen.QWEN2,
+    qwen.QWEN3,
+    qwen.QWEN3_MOE,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+    phi3.FAMILY,
+    granite.FAMILY,
+    olmo2.FAMILY,
+)
 
 
 def family_of_gguf(architecture: str) -> Family:

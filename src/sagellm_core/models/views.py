@@ -129,6 +129,19 @@ class Metadata(_View):
             raise ModelFileError(f"tensor {tensor!r} holds values that are not positive: the file is malformed")
         return values
 
+    def flags(self, key: str) -> tuple[bool, ...] | None:
+        """Return one truth value a layer, None if the key is absent or no list.
+
+        Raises:
+            ModelFileError: a list of something else.
+        """
+        value = self._values.get(f"{self.architecture}.{key}")
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            return None
+        if len(value) > _MAX_LAYERS or not all(isinstance(item, int) for item in value):
+            raise ModelFileError(f"{self._where(key)} is not one truth value a layer: the model file is malformed")
+        return tuple(bool(item) for item in value)
+
     def vocab_size(self) -> int:
         """Rows of the embedding.
 

@@ -47,10 +47,10 @@ def _valid(values: Mapping[str, Any]) -> dict[str, float]:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             continue
-        number = int(value) if name == "top_k" else float(value)
+        option: dict[str, Any] = {name: int(value) if name == "top_k" else float(value)}
         try:
-            SamplingParams(**{name: number})
+            SamplingParams(**option)
         except InvalidArgumentError:
             continue
-        out[name] = number
+        out |= option
     return out
