@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from sagellm_backend.base import BLOCK_SIZE, LoadOptions, StepBatch
+from sagellm_backend.encoder import EncoderSpec
 from sagellm_backend.spec import DecoderSpec
 from sagellm_backend.tensors import Weights
 
 __all__ = ["check_batch", "check_weights"]
 
 
-def check_weights(spec: DecoderSpec, weights: Weights) -> None:
+def check_weights(spec: DecoderSpec | EncoderSpec, weights: Weights) -> None:
     """Check that `weights` has every slot of `spec` in its shape.
 
     Raises:

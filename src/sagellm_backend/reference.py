@@ -9,8 +9,10 @@ import numpy.typing as npt
 
 from sagellm_backend.base import BLOCK_SIZE, Capability, LoadOptions, MemoryInfo, StepBatch, StepResult
 from sagellm_backend.checks import check_batch, check_weights
+from sagellm_backend.encoder import EncoderSpec
 from sagellm_backend.host import host_memory
 from sagellm_backend.quant import dequantize, round_trip
+from sagellm_backend.reference_encoder import ReferenceEncoder
 from sagellm_backend.reference_ops import Tiling, activate, attend, rms_norm, rotate, route, softcap
 from sagellm_backend.sampling import sample_rows
 from sagellm_backend.spec import DecoderSpec
@@ -69,15 +71,30 @@ class ReferenceBackend:
             ValueError: a slot is missing or has another shape.
             UnsupportedError: a KV dtype other than f32, or a number of threads.
         """
-        if options.threads:
-            raise UnsupportedError(
-                f"the reference backend cannot be held to {options.threads} threads: set OPENBLAS_NUM_THREADS instead",
-                param="threads",
-            )
+        _refuse_threads(options)
         block_bytes = self.kv_block_bytes(spec, options.kv_dtype)
         check_weights(spec, weights)
         arrays = {slot: _load_array(slot, weights[slot], options.quant) for slot in spec.slots()}
         return ReferenceRunner(spec, arrays, options, ReferenceKV(spec, options.n_blocks, block_bytes))
+
+    def load_encoder(self, spec: EncoderSpec, weights: Weights, options: LoadOptions) -> ReferenceEncoder:
+        """Dequantise an encoder's weights to float32.
+
+        Raises:
+            ValueError: a slot is missing or has another shape.
+            UnsupportedError: a number of threads is asked for.
+        """
+        _refuse_threads(options)
+        check_weights(spec, weights)
+        return ReferenceEncoder(spec, {slot: _load_array(slot, weights[slot], options.quant) for slot in spec.slots()})
+
+
+def _refuse_threads(options: LoadOptions) -> None:
+    if options.threads:
+        raise UnsupportedError(
+            f"the reference backend cannot be held to {options.threads} threads: set OPENBLAS_NUM_THREADS instead",
+            param="threads",
+        )
 
 
 def _load_array(slot: str, tensor: Tensor, quant: str) -> Float32:

@@ -18,9 +18,23 @@ import numpy.typing as npt
 from sagellm_backend.base import BLOCK_SIZE
 from sagellm_backend.spec import ExpertSpec, RopeSpec
 
-__all__ = ["SPAN", "TILE", "Tiling", "activate", "attend", "rms_norm", "rotate", "route", "softcap"]
+__all__ = [
+    "SPAN",
+    "TILE",
+    "Tiling",
+    "activate",
+    "attend",
+    "erf",
+    "layer_norm",
+    "rms_norm",
+    "rotate",
+    "route",
+    "softcap",
+    "softmax",
+]
 
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
@@ -30,7 +44,22 @@ TILE = 16
 SPAN = 256
 """Keys of one attention product; a multiple of `BLOCK_SIZE`."""
 
-_erf = np.frompyfunc(math.erf, 1, 1)
+_ERF_NUMERATOR = (
+    -2.72614225801306e-10,
+    2.77068142495902e-08,
+    -2.10102402082508e-06,
+    -5.69250639462346e-05,
+    -7.34990630326855e-04,
+    -2.95459980854025e-03,
+    -1.60960333262415e-02,
+)
+_ERF_DENOMINATOR = (
+    -1.45660718464996e-05,
+    -2.13374055278905e-04,
+    -1.68282697438203e-03,
+    -7.37332916720468e-03,
+    -1.42647390514189e-02,
+)
 
 
 class Tiling:
@@ -88,10 +117,33 @@ def activate(x: Float32, kind: Literal["silu", "gelu_tanh", "gelu", "relu", "tan
         inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
         return _half_of(x, np.tanh(inner))
     if kind == "gelu":
-        return _half_of(x, _erf(x * np.float32(math.sqrt(0.5))).astype(np.float32))
+        return _half_of(x, erf(x.astype(np.float64) * math.sqrt(0.5)).astype(np.float32))
     if kind == "relu":
         return np.maximum(x, np.float32(0))
     return np.tanh(x)
+
+
+def erf(x: Float64) -> Float64:
+    """Error function: the rational minimax that Eigen and XLA use for float32, exact to 7e-8."""
+    clipped = np.clip(x, -4.0, 4.0)
+    square = clipped * clipped
+    out: Float64 = clipped * np.polyval(_ERF_NUMERATOR, square) / np.polyval(_ERF_DENOMINATOR, square)
+    return out
+
+
+def layer_norm(x: Float32, weight: Float32, bias: Float32, eps: float) -> Float32:
+    """Layer norm over the last axis (Ba et al., 2016)."""
+    centred = x - np.mean(x, axis=-1, keepdims=True)
+    variance = np.mean(np.square(centred), axis=-1, keepdims=True)
+    out: Float32 = centred * (np.float32(1) / np.sqrt(variance + np.float32(eps))) * weight + bias
+    return out
+
+
+def softmax(x: Float32) -> Float32:
+    """Softmax over the last axis."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    out: Float32 = e / e.sum(axis=-1, keepdims=True)
+    return out
 
 
 def _half_of(x: Float32, y: Float32) -> Float32:
@@ -127,8 +179,7 @@ def rotate(x: Float32, positions: Int32, rope: RopeSpec) -> Float32:
 
 def route(logits: Float32, experts: ExpertSpec) -> tuple[Int64, Float32]:
     """Router logits (rows, n_experts) -> chosen experts and their weights, (rows, top_k) each; ties by lower number."""
-    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    shares = shifted / shifted.sum(axis=-1, keepdims=True)
+    shares = softmax(logits)
     chosen = np.argsort(-logits, axis=-1, kind="stable")[:, : experts.top_k]
     weights = np.take_along_axis(shares, chosen, axis=-1)
     if experts.normalize:

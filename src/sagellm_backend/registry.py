@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from sagellm_backend.base import Backend
 from sagellm_protocol.errors import InvalidArgumentError
 
-__all__ = ["GROUP", "known", "load"]
+__all__ = ["GROUP", "available", "known", "load"]
 
 GROUP = "sagellm.backends"
 
@@ -26,6 +26,19 @@ def known() -> dict[str, str]:
     """Name -> ``module:class`` of every backend, our own first; an installed one cannot take a name of ours."""
     installed = {point.name: point.value for point in sorted(entry_points(group=GROUP))}
     return {**_BUILT_IN, **{name: value for name, value in installed.items() if name not in _BUILT_IN}}
+
+
+def available() -> list[str]:
+    """Names of the backends that can be used here; one whose package does not load is left out."""
+    out = []
+    for name in known():
+        try:
+            reason = load(name).available()
+        except InvalidArgumentError:
+            continue
+        if reason is None:
+            out.append(name)
+    return out
 
 
 def load(name: str) -> Backend:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from sagellm_backend.conformance_specs import SPECS, random_ids, random_weights
 from sagellm_backend.host import host_memory
 from sagellm_backend.quant import dequantize, round_trip
 from sagellm_backend.reference import ReferenceBackend
-from sagellm_backend.reference_ops import Tiling, activate, attend, rms_norm, rotate, route, softcap
+from sagellm_backend.reference_ops import Tiling, activate, attend, erf, rms_norm, rotate, route, softcap
 from sagellm_backend.spec import ExpertSpec, RopeSpec
 from sagellm_backend.tensors import Format
 from sagellm_protocol.errors import UnsupportedError
@@ -123,6 +124,12 @@ def test_activations_equal_their_definitions() -> None:
     np.testing.assert_allclose(activate(x, "gelu_tanh")[2:5], [-0.15428599, 0.0, 0.34571401], rtol=1e-6)
     assert activate(x, "relu").tolist() == [0, 0, 0, 0, 0.5, 3.0, 1e4]
     np.testing.assert_allclose(activate(x, "tanh"), np.tanh(y), rtol=1e-6)
+
+
+def test_erf_equals_the_library() -> None:
+    """The rational error function is exact to 7e-8."""
+    x = np.linspace(-6, 6, 2001)
+    np.testing.assert_allclose(erf(x), [math.erf(v) for v in x], atol=7e-8)
 
 
 def test_softcap_and_norm() -> None:

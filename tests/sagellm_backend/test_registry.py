@@ -93,6 +93,15 @@ def test_auto_prefers_native(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(pick("auto"), Third)
 
 
+def test_available_leaves_out_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only backends that load and can run here are listed as available."""
+    monkeypatch.setattr("sagellm_backend.reference.Missing", Missing, raising=False)
+    install(monkeypatch, broken="no.such:Thing", missing="sagellm_backend.reference:Missing")
+    names = registry.available()
+    assert "reference" in names
+    assert not {"broken", "missing"} & set(names)
+
+
 def test_known_imports_no_backend() -> None:
     """Listing the backends imports none of them."""
     code = "import sys; from sagellm_backend.registry import known; known(); print('sagellm_backend.reference' in sys.modules)"
