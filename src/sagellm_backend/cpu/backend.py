@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import TYPE_CHECKING
 
 from sagellm_backend.base import Capability, LoadOptions, MemoryInfo
 from sagellm_backend.checks import check_weights
-from sagellm_backend.cpu.runner import CpuRunner
 from sagellm_backend.host import host_memory
 from sagellm_backend.spec import DecoderSpec
 from sagellm_backend.tensors import Weights
 from sagellm_protocol.errors import UnsupportedError
+
+if TYPE_CHECKING:  # it needs the extension, which an installation may lack
+    from sagellm_backend.cpu.runner import CpuRunner
 
 __all__ = ["ISA_VARIABLE", "CpuBackend"]
 
@@ -77,6 +80,8 @@ class CpuBackend:
             raise UnsupportedError(
                 "the cpu backend does not run mixture-of-experts layers: use --backend reference", param="backend"
             )
+        from sagellm_backend.cpu.runner import CpuRunner
+
         check_weights(spec, weights)
         return CpuRunner(spec, weights, options, isa=_isa(), kv_dtype=_kv_dtype(options.kv_dtype))
 

@@ -1,0 +1,103 @@
+"""The runner: invariance to threads, quantisation at load, refusals, closing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sagellm_backend.base import LoadOptions, RowSampling
+from sagellm_backend.conformance import SequenceRun, run_batch
+from sagellm_backend.conformance_specs import SPECS, random_ids, random_weights
+from sagellm_backend.cpu import CpuBackend
+from sagellm_backend.cpu.backend import ISA_VARIABLE
+from sagellm_backend.reference import ReferenceBackend
+from sagellm_backend.sampling import log_softmax
+from sagellm_protocol.errors import UnsupportedError
+from sagellm_protocol.sampling import SamplingParams
+
+pytest.importorskip("sagellm_backend.cpu._native", reason="built without the extension")
+
+OPTIONS = LoadOptions(n_blocks=32, max_rows=128, max_logit_rows=16)
+SPEC = SPECS["llama"]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])
+def test_threads_do_not_change_a_bit(threads: int) -> None:
+    """Logits after prefill and decode are the same for every number of threads."""
+    ids = random_ids(SPEC, 70)
+    out = []
+    for count in (2, threads):
+        runner = CpuBackend().load(SPEC, random_weights(SPEC), replace(OPTIONS, threads=count))
+        run = SequenceRun(runner, range(6))
+        out.append([run.feed(ids), run.feed([3]), run.feed([4])])
+        assert runner.threads == count
+        runner.close()
+    np.testing.assert_array_equal(out[0], out[1])
+
+
+@pytest.mark.parametrize(("quant", "kl"), [("f32", 1e-4), ("bf16", 1e-3), ("q8", 4e-3), ("q4", 0.1)])
+def test_weights_are_quantised_at_load(quant: str, kl: float) -> None:
+    """Each precision stays within its distance of the float32 model."""
+    weights, ids = random_weights(SPEC), random_ids(SPEC, 40)
+    want = SequenceRun(ReferenceBackend().load(SPEC, weights, OPTIONS), range(3)).feed(ids)
+    runner = CpuBackend().load(SPEC, weights, replace(OPTIONS, quant=quant))  # type: ignore[arg-type]
+    a, b = log_softmax(want), log_softmax(SequenceRun(runner, range(3)).feed(ids))
+    assert float((np.exp(a) * (a - b)).sum()) < kl
+    runner.close()
+
+
+def test_greedy_without_logits_takes_the_arg_max() -> None:
+    """The fast path that keeps no logits draws the token of the path that does."""
+    runner = CpuBackend().load(SPEC, random_weights(SPEC), OPTIONS)
+    for n in (1, 7, 16):
+        parts = [(SequenceRun(runner, [i]), random_ids(SPEC, 3, seed=i)) for i in range(n)]
+        greedy = RowSampling(SamplingParams(temperature=0.0))
+        kept = run_batch(parts, [greedy] * n)
+        again = [(SequenceRun(runner, [i]), ids) for i, (_, ids) in enumerate(parts)]
+        fast = run_batch(again, [greedy] * n)
+        assert kept.logits is not None
+        np.testing.assert_array_equal(fast.token_ids, kept.logits.argmax(axis=1))
+    runner.close()
+
+
+def test_what_is_not_finite_stays_in_its_sequence() -> None:
+    """A block that held a sequence gone wrong does no harm to the next one in it."""
+    weights = dict(random_weights(SPEC))
+    runner = CpuBackend().load(SPEC, weights, OPTIONS)
+    ids = random_ids(SPEC, 20)
+    want = SequenceRun(runner, [0, 1]).feed(ids)
+    data = np.frombuffer(runner.kv.export_blocks([2, 3]), np.uint8).copy()
+    finite = data.copy()
+    finite.view(np.uint16)[:] = 0x7F7F  # the greatest bf16: what the cache holds instead of infinity
+    runner.kv.import_blocks([2, 3], finite.tobytes())
+    np.testing.assert_array_equal(SequenceRun(runner, [2, 3]).feed(ids), want)
+    runner.close()
+
+
+def test_a_closed_runner_refuses() -> None:
+    """After close, a step and the cache raise RuntimeError, and sizes are still known."""
+    runner = CpuBackend().load(SPEC, random_weights(SPEC), OPTIONS)
+    size = runner.kv.block_bytes
+    runner.close()
+    runner.close()
+    assert runner.kv.block_bytes == size
+    with pytest.raises(RuntimeError, match="closed"):
+        SequenceRun(runner, [0]).feed([1])
+    with pytest.raises(RuntimeError, match="closed"):
+        runner.kv.export_blocks([0])
+
+
+def test_an_unknown_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forced instruction set that this machine lacks makes the backend unavailable, with the choices."""
+    monkeypatch.setenv(ISA_VARIABLE, "sse9")
+    reason = CpuBackend().available()
+    assert reason is not None
+    assert "portable" in reason
+
+
+def test_kv_precisions_are_checked() -> None:
+    """A cache precision that the backend lacks is refused by name."""
+    with pytest.raises(UnsupportedError, match="fp7"):
+        CpuBackend().kv_block_bytes(SPEC, "fp7")
