@@ -22,6 +22,9 @@ class HFEncoder:
             self._tokenizer = Tokenizer.from_buffer(document)
         except Exception as error:
             raise ModelFileError(f"the tokenizer is malformed ({error}): fetch or convert the model again") from error
+        # Embedding models ship files that cut and pad every text; lengths are the caller's business.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`."""
