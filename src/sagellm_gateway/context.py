@@ -7,7 +7,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,10 @@ from sagellm_gateway.library import ModelLibrary, NoLibrary
 from sagellm_protocol.errors import InternalError, SageError, UnavailableError
 
 if TYPE_CHECKING:
+    from sagellm_gateway.keyring import KeyRing
+    from sagellm_gateway.metrics import Metrics
     from sagellm_gateway.store.database import Database
+    from sagellm_gateway.store.keys import KeyStore
     from sagellm_gateway.store.responses import ResponseStore
 
 __all__ = ["ANONYMOUS", "Call", "Endpoint", "Gateway", "Principal"]
@@ -74,6 +77,7 @@ class Gateway:
         self.in_flight = InFlight()
         self.background: dict[str, Any] = {}
         self.started_at = time.time()
+        self._flusher: asyncio.Task[None] | None = None
 
     @cached_property
     def database(self) -> Database:
@@ -89,8 +93,30 @@ class Gateway:
 
         return ResponseStore(self.database, self.config.response_limit, self.config.response_ttl_s)
 
+    @cached_property
+    def keys(self) -> KeyStore:
+        """API keys and their usage."""
+        from sagellm_gateway.store.keys import KeyStore
+
+        return KeyStore(self.database)
+
+    @cached_property
+    def keyring(self) -> KeyRing:
+        """The keys in memory, with their rates."""
+        from sagellm_gateway.keyring import KeyRing
+
+        return KeyRing(self.keys, self.config.require_key, self.config.limits.key_bytes)
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        """Prometheus collectors of this app."""
+        from sagellm_gateway.metrics import Metrics
+
+        return Metrics(self)
+
     async def open(self) -> None:
-        """Settle what an earlier process left unfinished."""
+        """Settle what an earlier process left unfinished, and begin to record usage."""
+        self._flusher = asyncio.create_task(self.keyring.keep_flushing())
         if self.config.state_path is not None:
             await self.responses.fail_unfinished()
 
@@ -98,6 +124,9 @@ class Gateway:
         """End background work and close the state file."""
         for run in list(self.background.values()):
             await run.stop()
+        if self._flusher is not None:
+            self._flusher.cancel()
+            await self.keyring.flush()
         if "database" in self.__dict__:
             self.database.close()
 
@@ -152,6 +181,20 @@ class Call:
     def principal(self) -> Principal:
         """Who calls, as the key check found."""
         return self.scope.get("sagellm.principal", ANONYMOUS)  # type: ignore[no-any-return]
+
+    def used(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Note the tokens of this request, for metrics, rates and budgets."""
+        before = self.scope.get("sagellm.tokens", (0, 0))
+        self.scope["sagellm.tokens"] = (before[0] + prompt_tokens, before[1] + completion_tokens)
+
+    def defaults(self, model: str) -> Mapping[str, float]:
+        """Return the sampling that the makers of `model` recommend.
+
+        Raises:
+            ModelNotFoundError: it is not served.
+        """
+        found: Mapping[str, float] = self.gateway.manager.chat_model(model).sampling_defaults
+        return found
 
     def path(self, name: str) -> str:
         """Return a parameter of the route."""

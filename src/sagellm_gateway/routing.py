@@ -10,7 +10,7 @@ from sagellm_gateway.errors import HttpError, Shape, anthropic_body, ollama_body
 from sagellm_gateway.middleware.edge import refuse
 from sagellm_gateway.routes.table import RouteSpec
 
-__all__ = ["Router"]
+__all__ = ["Router", "shape_of"]
 
 
 class Router:
@@ -70,7 +70,7 @@ class Router:
         """ASGI entry."""
         found = scope["sagellm.found"] if "sagellm.found" in scope else self.find(scope)
         if isinstance(found, HttpError):
-            await refuse(found, scope, send, _shape_of(scope["path"]))
+            await refuse(found, scope, send, shape_of(scope["path"]))
             return
         scope["sagellm.route"] = found[0].path
         await found[1](scope, receive, send)
@@ -83,7 +83,8 @@ def _compiled(path: str) -> re.Pattern[str]:
     return re.compile(f"^{pattern}$", re.DOTALL)
 
 
-def _shape_of(path: str) -> Shape:
+def shape_of(path: str) -> Shape:
+    """Return the error shape of the dialect that a path belongs to."""
     if path.startswith("/v1/messages"):
         return anthropic_body
     return ollama_body if path.startswith("/api/") else openai_body

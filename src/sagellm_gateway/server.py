@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from sagellm_gateway.config import GatewayConfig
 from sagellm_gateway.context import Gateway
 from sagellm_gateway.library import ModelLibrary
+from sagellm_gateway.middleware.auth import Auth
 from sagellm_gateway.middleware.edge import Edge
 from sagellm_gateway.middleware.origin import OriginGuard
 from sagellm_gateway.routes.table import ALIASED, ROUTES
@@ -49,10 +50,10 @@ def create_app(
     gateway = Gateway(control_plane, config or GatewayConfig(), library)
     app = Starlette(lifespan=_lifespan)
     app.state.gateway = gateway
-    app.router.default = Router(gateway, ROUTES, aliased=ALIASED)
+    app.router.default = Auth(Router(gateway, ROUTES, aliased=ALIASED), gateway)
     app.router.redirect_slashes = False
     app.add_middleware(OriginGuard, origins=gateway.config.origins)
-    app.add_middleware(Edge, gateway=gateway)
+    app.add_middleware(Edge, gateway=gateway, observers=(gateway.metrics.observe,))
     return app
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import socket
 from types import FrameType
 from typing import Any
@@ -174,8 +175,27 @@ def server_of(app: Starlette, config: GatewayConfig) -> GatewayServer:
     return GatewayServer(settings, app.state.gateway)
 
 
+def _refuse_open_door(gateway: Gateway, config: GatewayConfig) -> None:
+    if config.host == "localhost" or config.require_key:
+        return
+    try:
+        loopback = ipaddress.ip_address(config.host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback and not any(key.revoked is None for key in gateway.keys.all()):
+        raise SystemExit(
+            f"{config.host} can be reached from the network and no API key is set: make one with `sage-llm keys add NAME`, "
+            "or listen on 127.0.0.1"
+        )
+
+
 def run(app: Starlette, config: GatewayConfig) -> None:
-    """Bind and serve until a signal."""
+    """Bind and serve until a signal.
+
+    Raises:
+        SystemExit: the address cannot be bound, or it is open to the network and no key is set.
+    """
+    _refuse_open_door(app.state.gateway, config)
     sock = bind(config.host, config.port)
     server = server_of(app, config)
     server.run(sockets=[sock])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx2
 import pytest
@@ -26,6 +26,7 @@ class WordChatModel:
 
     model_id = "tiny"
     context_length = 512
+    sampling_defaults: ClassVar[dict[str, float]] = {}
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
         return list(text.encode())

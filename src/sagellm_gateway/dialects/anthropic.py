@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from sagellm_gateway.config import Limits
 from sagellm_gateway.dialects.openai_common import (
+    NO_DEFAULTS,
     Head,
     ToolFunctionWire,
     add_tool,
@@ -126,7 +128,9 @@ KNOWN = frozenset(MessagesBody.__struct_fields__)
 KNOWN_COUNT = frozenset(CountBody.__struct_fields__)
 
 
-def request_of(body: CountBody, request_id: str, limits: Limits, **extra: Any) -> GenerationRequest:
+def request_of(
+    body: CountBody, request_id: str, limits: Limits, *, defaults: Mapping[str, float] = NO_DEFAULTS, **extra: Any
+) -> GenerationRequest:
     """Translate `body`.
 
     Raises:
@@ -156,7 +160,7 @@ def request_of(body: CountBody, request_id: str, limits: Limits, **extra: Any) -
         request_id=request_id,
         model=check_model(body.model),
         messages=tuple(messages),
-        sampling=_sampling(body, limits) if isinstance(body, MessagesBody) else SamplingParams(),
+        sampling=_sampling(body, limits, defaults) if isinstance(body, MessagesBody) else SamplingParams(),
         tools=tuple(tools.values()),
         tool_choice=_tool_choice(choice, tools),
         parallel_tool_calls=not (choice is not None and choice.disable_parallel_tool_use),
@@ -237,8 +241,8 @@ def _assistant(blocks: list[Block], i: int) -> ChatMessage:
     )
 
 
-def _sampling(body: MessagesBody, limits: Limits) -> SamplingParams:
-    given: dict[str, Any] = {}
+def _sampling(body: MessagesBody, limits: Limits, defaults: Mapping[str, float]) -> SamplingParams:
+    given: dict[str, Any] = dict(defaults)
     for name in ("temperature", "top_p", "top_k"):
         value = getattr(body, name)
         if value is not None:

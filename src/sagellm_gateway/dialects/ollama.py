@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import time
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from sagellm_gateway.config import Limits
 from sagellm_gateway.dialects.anthropic import arguments_object
-from sagellm_gateway.dialects.openai_common import ToolWire, check_model, encode_json, grammar_of, tools_of
+from sagellm_gateway.dialects.openai_common import NO_DEFAULTS, ToolWire, check_model, encode_json, grammar_of, tools_of
 from sagellm_gateway.errors import ollama_body
 from sagellm_protocol.errors import InvalidArgumentError, SageError, UnsupportedError
 from sagellm_protocol.generation import (
@@ -128,8 +129,9 @@ def ignored_options(raw: dict[str, Any], known: frozenset[str]) -> list[str]:
     return ["keep_alive", *ignored] if raw.get("keep_alive") is not None else ignored
 
 
-def _sampling(body: OllamaCommon, limits: Limits) -> SamplingParams:
-    given: dict[str, Any] = {}
+def _sampling(body: OllamaCommon, limits: Limits, defaults: Mapping[str, float]) -> SamplingParams:
+    # Without a recommendation of the model: Ollama's own default; ours would be 1.
+    given: dict[str, Any] = {"temperature": 0.8, **defaults}
     options = body.options or {}
     for name, (ours, type_) in _OPTIONS.items():
         value = options.get(name)
@@ -148,8 +150,7 @@ def _sampling(body: OllamaCommon, limits: Limits) -> SamplingParams:
         given["stop"] = _stops(options["stop"], limits)
     if body.format:
         given["grammar"] = _grammar(body.format, limits)
-    # Ollama's own default; ours would be 1.
-    return SamplingParams(**{"temperature": 0.8, **given})
+    return SamplingParams(**given)
 
 
 def _stops(stop: Any, limits: Limits) -> tuple[str, ...]:
@@ -177,7 +178,9 @@ def _think(think: bool | str | None) -> bool | None:
     return True
 
 
-def chat_request(body: OllamaChatBody, request_id: str, limits: Limits, **extra: Any) -> GenerationRequest:
+def chat_request(
+    body: OllamaChatBody, request_id: str, limits: Limits, *, defaults: Mapping[str, float] = NO_DEFAULTS, **extra: Any
+) -> GenerationRequest:
     """Translate a chat.
 
     Raises:
@@ -189,7 +192,7 @@ def chat_request(body: OllamaChatBody, request_id: str, limits: Limits, **extra:
         request_id=request_id,
         model=check_model(body.model),
         messages=tuple(_message(m, i) for i, m in enumerate(body.messages)),
-        sampling=_sampling(body, limits),
+        sampling=_sampling(body, limits, defaults),
         tools=tools,
         tool_choice="auto" if tools else "none",
         reasoning=_think(body.think),
@@ -217,7 +220,14 @@ def _message(wire: OllamaMessage, i: int) -> ChatMessage:
     )
 
 
-def generate_request(body: OllamaGenerateBody, request_id: str, limits: Limits, **extra: Any) -> GenerationRequest:
+def generate_request(
+    body: OllamaGenerateBody,
+    request_id: str,
+    limits: Limits,
+    *,
+    defaults: Mapping[str, float] = NO_DEFAULTS,
+    **extra: Any,
+) -> GenerationRequest:
     """Translate a generate call: raw prompts are not templated, others become a chat of one turn.
 
     Raises:
@@ -234,7 +244,7 @@ def generate_request(body: OllamaGenerateBody, request_id: str, limits: Limits, 
     return GenerationRequest(
         request_id=request_id,
         model=check_model(body.model),
-        sampling=_sampling(body, limits),
+        sampling=_sampling(body, limits, defaults),
         reasoning=_think(body.think),
         **content,
         **extra,

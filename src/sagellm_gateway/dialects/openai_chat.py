@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from sagellm_gateway.config import Limits
 from sagellm_gateway.dialects.openai_common import (
+    NO_DEFAULTS,
     ContentPart,
     Head,
     SamplingFields,
@@ -123,7 +125,9 @@ class ChatBody(SamplingFields, kw_only=True):
 KNOWN = frozenset(ChatBody.__struct_fields__)
 
 
-def request_of(body: ChatBody, request_id: str, limits: Limits, **extra: Any) -> GenerationRequest:
+def request_of(
+    body: ChatBody, request_id: str, limits: Limits, *, defaults: Mapping[str, float] = NO_DEFAULTS, **extra: Any
+) -> GenerationRequest:
     """Translate `body`; `extra` sets tenant, trace id and the like.
 
     Raises:
@@ -145,6 +149,7 @@ def request_of(body: ChatBody, request_id: str, limits: Limits, **extra: Any) ->
         sampling=sampling_of(
             body,
             limits,
+            defaults=defaults,
             max_tokens=_max_tokens(body),
             max_tokens_name="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
             logprobs=_logprobs(body),

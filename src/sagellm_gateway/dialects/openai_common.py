@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -14,6 +15,7 @@ from sagellm_protocol.generation import FunctionSpec, TokenLogprob, Usage
 from sagellm_protocol.sampling import GrammarSpec, SamplingParams
 
 __all__ = [
+    "NO_DEFAULTS",
     "SamplingFields",
     "check_model",
     "encode_json",
@@ -24,6 +26,8 @@ __all__ = [
     "tools_of",
     "usage_json",
 ]
+
+NO_DEFAULTS: Mapping[str, float] = MappingProxyType({})
 
 encode_json = msgspec.json.Encoder().encode
 
@@ -116,17 +120,19 @@ def sampling_of(
     fields: SamplingFields,
     limits: Limits,
     *,
+    defaults: Mapping[str, float] = NO_DEFAULTS,
     max_tokens: int | None = None,
     max_tokens_name: str = "max_tokens",
     logprobs: int | None = None,
     grammar: GrammarSpec | None = None,
 ) -> SamplingParams:
-    """Return the neutral sampling parameters.
+    """Return the neutral sampling parameters: what the request says, else the model's `defaults`, else the API's.
 
     Raises:
         InvalidArgumentError: out of range; `param` is the field as the client named it.
     """
-    given: dict[str, Any] = {name: value for name in _PLAIN if (value := getattr(fields, name)) is not None}
+    given: dict[str, Any] = dict(defaults)
+    given.update((name, value) for name in _PLAIN if (value := getattr(fields, name)) is not None)
     given.update((name, tuple(value)) for name in _TUPLES if (value := getattr(fields, name)) is not None)
     if fields.stop:
         given["stop"] = _stop(fields.stop, limits)

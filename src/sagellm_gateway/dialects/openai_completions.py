@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -10,6 +11,7 @@ import msgspec
 from sagellm_gateway.config import Limits
 from sagellm_gateway.dialects.openai_chat import choices_of, priority_of
 from sagellm_gateway.dialects.openai_common import (
+    NO_DEFAULTS,
     Head,
     SamplingFields,
     StreamOptions,
@@ -51,7 +53,9 @@ class CompletionBody(SamplingFields, kw_only=True):
 KNOWN = frozenset(CompletionBody.__struct_fields__)
 
 
-def requests_of(body: CompletionBody, request_id: str, limits: Limits, **extra: Any) -> list[GenerationRequest]:
+def requests_of(
+    body: CompletionBody, request_id: str, limits: Limits, *, defaults: Mapping[str, float] = NO_DEFAULTS, **extra: Any
+) -> list[GenerationRequest]:
     """Translate `body`: one neutral request a prompt, ids ``<id>`` or ``<id>-k``.
 
     Raises:
@@ -71,7 +75,7 @@ def requests_of(body: CompletionBody, request_id: str, limits: Limits, **extra: 
     if max_tokens == 0 and body.echo:
         # Scoring of a prompt (lm-eval's loglikelihood): one token is drawn and left out of the answer.
         max_tokens, scoring = 1, True
-    sampling = sampling_of(body, limits, max_tokens=max_tokens, logprobs=body.logprobs)
+    sampling = sampling_of(body, limits, defaults=defaults, max_tokens=max_tokens, logprobs=body.logprobs)
     if body.echo and body.logprobs is not None:
         sampling = msgspec.structs.replace(sampling, prompt_logprobs=body.logprobs)
     if scoring:

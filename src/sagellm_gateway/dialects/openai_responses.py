@@ -7,12 +7,14 @@ models that show their thoughts.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from sagellm_gateway.config import Limits
 from sagellm_gateway.dialects.openai_common import (
+    NO_DEFAULTS,
     ContentPart,
     ToolFunctionWire,
     add_tool,
@@ -174,7 +176,13 @@ def _clean(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def request_of(
-    body: ResponsesBody, items: list[dict[str, Any]], request_id: str, limits: Limits, **extra: Any
+    body: ResponsesBody,
+    items: list[dict[str, Any]],
+    request_id: str,
+    limits: Limits,
+    *,
+    defaults: Mapping[str, float] = NO_DEFAULTS,
+    **extra: Any,
 ) -> GenerationRequest:
     """Translate `body` with the whole history `items` (earlier responses first).
 
@@ -195,7 +203,7 @@ def request_of(
         request_id=request_id,
         model=check_model(body.model),
         messages=tuple(_messages(body.instructions, items)),
-        sampling=_sampling(body, limits),
+        sampling=_sampling(body, limits, defaults),
         tools=tuple(tools.values()),
         tool_choice=_tool_choice(body.tool_choice, tools),
         parallel_tool_calls=body.parallel_tool_calls is not False,
@@ -239,9 +247,10 @@ def _tool_choice(choice: str | ResponsesNamedTool | None, tools: dict[str, Funct
     return str(choice.name)
 
 
-def _sampling(body: ResponsesBody, limits: Limits) -> SamplingParams:
+def _sampling(body: ResponsesBody, limits: Limits, defaults: Mapping[str, float]) -> SamplingParams:
     names = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
-    given: dict[str, Any] = {name: value for name in names if (value := getattr(body, name)) is not None}
+    given: dict[str, Any] = dict(defaults)
+    given.update((name, value) for name in names if (value := getattr(body, name)) is not None)
     if body.max_output_tokens is not None:
         if body.max_output_tokens < 1:
             raise InvalidArgumentError(
@@ -353,12 +362,12 @@ class ResponseBuilder:
 
     Args:
         body: the request.
-        response_id: id of the response.
+        request: what it became; its id is the response's.
         created: unix seconds.
     """
 
-    def __init__(self, body: ResponsesBody, response_id: str, created: int) -> None:
-        self.response = _resource(body, response_id, created)
+    def __init__(self, body: ResponsesBody, request: GenerationRequest, created: int) -> None:
+        self.response = _resource(body, request, created)
         self.sequence = 0
         self._logprobs = wants_logprobs(body)
         self._item: dict[str, Any] | None = None
@@ -546,14 +555,14 @@ def _format_json(form: FormatWire | None) -> dict[str, Any]:
     }
 
 
-def _resource(body: ResponsesBody, response_id: str, created: int) -> dict[str, Any]:
+def _resource(body: ResponsesBody, request: GenerationRequest, created: int) -> dict[str, Any]:
     reasoning = body.reasoning
     text: dict[str, Any] = {"format": _format_json(body.text.format if body.text is not None else None)}
     if body.text is not None and body.text.verbosity is not None:
         text["verbosity"] = body.text.verbosity
     choice = body.tool_choice if body.tool_choice is not None else "auto"
     return {
-        "id": response_id,
+        "id": request.request_id,
         "object": "response",
         "created_at": created,
         "completed_at": None,
@@ -568,8 +577,8 @@ def _resource(body: ResponsesBody, response_id: str, created: int) -> dict[str, 
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": body.previous_response_id,
-        "presence_penalty": body.presence_penalty or 0.0,
-        "frequency_penalty": body.frequency_penalty or 0.0,
+        "presence_penalty": request.sampling.presence_penalty,
+        "frequency_penalty": request.sampling.frequency_penalty,
         "prompt_cache_key": body.prompt_cache_key,
         "reasoning": {
             "effort": reasoning.effort if reasoning is not None else None,
@@ -578,7 +587,7 @@ def _resource(body: ResponsesBody, response_id: str, created: int) -> dict[str, 
         "safety_identifier": body.safety_identifier,
         "service_tier": "default",
         "store": body.store is not False,
-        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "temperature": request.sampling.temperature,
         "text": text,
         "tool_choice": choice if isinstance(choice, str) else msgspec.to_builtins(choice),
         "tools": [
@@ -592,7 +601,7 @@ def _resource(body: ResponsesBody, response_id: str, created: int) -> dict[str, 
             for t in body.tools or ()
         ],
         "top_logprobs": body.top_logprobs or 0,
-        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "top_p": request.sampling.top_p,
         "truncation": "disabled",
         "usage": None,
         "user": body.user,

@@ -6,7 +6,7 @@ from sagellm_gateway.context import Call
 from sagellm_gateway.dialects import anthropic
 from sagellm_gateway.dialects.openai_common import Head, ignored_fields
 from sagellm_gateway.jsonbody import convert
-from sagellm_gateway.routes.generation import extras, new_id, now
+from sagellm_gateway.routes.generation import extras, generate, new_id, now
 from sagellm_gateway.streaming import guarded, stream
 
 __all__ = ["count_tokens", "messages"]
@@ -18,9 +18,9 @@ async def messages(call: Call) -> None:
     body = convert(raw, anthropic.MessagesBody)
     call.ignore(ignored_fields(raw, anthropic.KNOWN))
     head = Head(new_id("msg_"), now(), body.model)
-    request = anthropic.request_of(body, head.id, call.gateway.config.limits, **extras(call))
+    request = anthropic.request_of(body, head.id, call.gateway.config.limits, **extras(call, body.model))
     call.scope["sagellm.model"] = request.model
-    events = call.gateway.manager.generate(request)
+    events = generate(call, request)
     if body.stream:
         await stream(call, events, anthropic.MessagesFrames(head))
         return

@@ -22,7 +22,7 @@ from sagellm_protocol.generation import (
     Usage,
 )
 
-__all__ = ["echoed", "extras", "merged", "new_id"]
+__all__ = ["echoed", "extras", "generate", "merged", "new_id", "now"]
 
 
 def new_id(prefix: str) -> str:
@@ -35,9 +35,11 @@ def now() -> int:
     return int(time.time())
 
 
-def extras(call: Call) -> dict[str, Any]:
-    """Return the fields of a `GenerationRequest` that come from headers and the key."""
+def extras(call: Call, model: str | None = None) -> dict[str, Any]:
+    """Return the fields of a neutral request that come from headers, the key, and the model's recommendations."""
     out: dict[str, Any] = {"trace_id": call.scope.get("sagellm.trace_id", call.request_id)}
+    if model is not None:
+        out["defaults"] = call.defaults(model)
     if call.principal.key_id:
         out["tenant"] = call.principal.key_id
     raw = call.header(b"x-request-timeout")
@@ -54,6 +56,30 @@ def _seconds(raw: bytes) -> float:
     if not 0 < value <= 86400:
         raise InvalidArgumentError("X-Request-Timeout must be seconds between 0 and 86400", param="x-request-timeout")
     return value
+
+
+def generate(call: Call, request: GenerationRequest) -> AsyncGenerator[Any, None]:
+    """Run `request`, counting its tokens for metrics, rates and budgets, also when it is broken off."""
+    return _metered(call, call.gateway.manager.generate(request))
+
+
+async def _metered(call: Call, events: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    prompt = completion = 0
+    try:
+        async for event in events:
+            kind = type(event)
+            if kind is ChoiceDelta:
+                completion += len(event.token_ids)
+            elif kind is GenerationStart:
+                prompt = event.prompt_tokens
+            else:
+                prompt, completion = event.usage.prompt_tokens, event.usage.completion_tokens
+                if event.ttft_s is not None and event.duration_s is not None:
+                    call.scope["sagellm.times"] = (event.ttft_s, event.duration_s)
+            yield event
+    finally:
+        await events.aclose()
+        call.used(prompt, completion)
 
 
 Run = Callable[[GenerationRequest], AsyncGenerator[Any, None]]

@@ -25,6 +25,7 @@ async def model_entries(call: Call) -> list[dict[str, Any]]:
             "created": created,
             "owned_by": "isagellm",
             "kind": getattr(m, "kind", "llm"),
+            "context_length": getattr(m, "context_length", None),
         }
         for m in found
     ]
@@ -51,7 +52,12 @@ async def get_model(call: Call) -> None:
     """GET /v1/models/{id}."""
     name = call.path("model")
     for entry in await model_entries(call):
-        if entry["id"] == name:
-            await call.json(entry if call.header(b"anthropic-version") is None else _anthropic(entry))
+        if entry["id"] != name:
+            continue
+        if call.header(b"anthropic-version") is not None:
+            await call.json(_anthropic(entry))
             return
+        model = call.gateway.manager.chat_model(name)
+        await call.json({**entry, "sampling_defaults": dict(getattr(model, "sampling_defaults", {}))})
+        return
     raise ModelNotFoundError(f"the model {name[:128]!r} is not served here", param="model")

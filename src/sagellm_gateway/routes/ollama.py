@@ -13,13 +13,13 @@ from sagellm_gateway.dialects.openai_common import check_model, encode_json
 from sagellm_gateway.errors import ollama_body
 from sagellm_gateway.jsonbody import convert
 from sagellm_gateway.library import LibraryModel
-from sagellm_gateway.routes.generation import extras, new_id
+from sagellm_gateway.routes.generation import extras, generate, new_id
 from sagellm_gateway.routes.models import model_entries
 from sagellm_gateway.streaming import guarded, stream
 from sagellm_gateway.version import version as isagellm_version
 from sagellm_protocol.errors import InvalidArgumentError, ModelNotFoundError, SageError, UnsupportedError
 
-__all__ = ["chat", "copy", "delete", "generate", "ps", "pull", "show", "tags", "version"]
+__all__ = ["chat", "copy", "delete", "generate_", "ps", "pull", "served", "show", "tags", "version"]
 
 
 async def chat(call: Call) -> None:
@@ -27,30 +27,30 @@ async def chat(call: Call) -> None:
     raw = await call.json_object()
     body = convert(raw, ollama.OllamaChatBody)
     call.ignore(ollama.ignored_options(raw, ollama.KNOWN_CHAT))
-    body.model = await _served(call, body.model)
+    body.model = await served(call, body.model)
     if not body.messages:
         await _load(call, body, chat=True)
         return
-    request = ollama.chat_request(body, new_id("ollama-"), call.gateway.config.limits, **extras(call))
+    request = ollama.chat_request(body, new_id("ollama-"), call.gateway.config.limits, **extras(call, body.model))
     await _run(call, request, raw["model"], stream_it=body.stream is not False, chat=True)
 
 
-async def generate(call: Call) -> None:
+async def generate_(call: Call) -> None:
     """POST /api/generate."""
     raw = await call.json_object()
     body = convert(raw, ollama.OllamaGenerateBody)
     call.ignore(ollama.ignored_options(raw, ollama.KNOWN_GENERATE))
-    body.model = await _served(call, body.model)
+    body.model = await served(call, body.model)
     if not body.prompt:
         await _load(call, body, chat=False)
         return
-    request = ollama.generate_request(body, new_id("ollama-"), call.gateway.config.limits, **extras(call))
+    request = ollama.generate_request(body, new_id("ollama-"), call.gateway.config.limits, **extras(call, body.model))
     await _run(call, request, raw["model"], stream_it=body.stream is not False, chat=False)
 
 
 async def _run(call: Call, request: Any, shown: str, *, stream_it: bool, chat: bool) -> None:
     call.scope["sagellm.model"] = request.model
-    events = call.gateway.manager.generate(request)
+    events = generate(call, request)
     if stream_it:
         await stream(call, events, ollama.OllamaFrames(shown, chat=chat))
         return
@@ -68,7 +68,7 @@ async def _load(call: Call, body: ollama.OllamaCommon, *, chat: bool) -> None:
     await call.json(ollama.loaded(body.model, chat=chat, unload=False))
 
 
-async def _served(call: Call, name: str) -> str:
+async def served(call: Call, name: str) -> str:
     """Return the served name: Ollama clients add ``:latest`` to what they were given."""
     check_model(name)
     ids = {entry["id"] for entry in await model_entries(call)}
@@ -147,14 +147,14 @@ class NameBody(msgspec.Struct, kw_only=True):
 
 async def show(call: Call) -> None:
     """POST /api/show."""
-    name = await _served(call, convert(await call.json_object(), NameBody).given())
+    name = await served(call, convert(await call.json_object(), NameBody).given())
     model = call.gateway.manager.chat_model(name)
     entry = next(_entry(m) for m in await _models(call, on_disk=False) if m.name == name)
     family = entry["details"]["family"] or "llama"
     await call.json(
         {
             "modelfile": f"FROM {name}",
-            "parameters": "",
+            "parameters": "\n".join(f"{k} {v}" for k, v in getattr(model, "sampling_defaults", {}).items()),
             "template": getattr(model, "chat_template", None) or "",
             "details": entry["details"],
             "model_info": {"general.architecture": family, f"{family}.context_length": model.context_length},

@@ -9,7 +9,7 @@ from sagellm_gateway.context import Call
 from sagellm_gateway.dialects import openai_chat, openai_completions
 from sagellm_gateway.dialects.openai_common import Head, ignored_fields, wants_usage
 from sagellm_gateway.jsonbody import convert
-from sagellm_gateway.routes.generation import echoed, extras, merged, new_id, now
+from sagellm_gateway.routes.generation import echoed, extras, generate, merged, new_id, now
 from sagellm_gateway.streaming import guarded, stream
 
 __all__ = ["chat_completions", "completions"]
@@ -22,9 +22,9 @@ async def chat_completions(call: Call) -> None:
     call.ignore(ignored_fields(raw, openai_chat.KNOWN))
     wants = openai_chat.stream_wants_usage(body)
     head = Head(new_id("chatcmpl-"), now(), body.model)
-    request = openai_chat.request_of(body, head.id, call.gateway.config.limits, **extras(call))
+    request = openai_chat.request_of(body, head.id, call.gateway.config.limits, **extras(call, body.model))
     call.scope["sagellm.model"] = request.model
-    events = call.gateway.manager.generate(request)
+    events = generate(call, request)
     logprobs = request.sampling.logprobs is not None
     if body.stream:
         await stream(call, events, openai_chat.ChatFrames(head, request.n, usage=wants, logprobs=logprobs))
@@ -43,7 +43,7 @@ async def completions(call: Call) -> None:
     call.ignore(ignored_fields(raw, openai_completions.KNOWN))
     wants = wants_usage(body.stream, body.stream_options)
     head = Head(new_id("cmpl-"), now(), body.model)
-    requests = openai_completions.requests_of(body, head.id, call.gateway.config.limits, **extras(call))
+    requests = openai_completions.requests_of(body, head.id, call.gateway.config.limits, **extras(call, body.model))
     call.scope["sagellm.model"] = body.model
     events = _events(call, body, requests)
     choices, logprobs = len(requests) * requests[0].n, body.logprobs is not None
@@ -58,11 +58,10 @@ async def completions(call: Call) -> None:
 
 
 def _events(call: Call, body: openai_completions.CompletionBody, requests: list[Any]) -> AsyncGenerator[Any, None]:
-    generate = call.gateway.manager.generate
     only = openai_completions.scores_only(body)
 
     def run(request: Any) -> AsyncGenerator[Any, None]:
-        events: AsyncGenerator[Any, None] = generate(request)
+        events = generate(call, request)
         return echoed(call, request, events, prompt_only=only) if body.echo else events
 
     return run(requests[0]) if len(requests) == 1 else merged(run, requests)

@@ -13,7 +13,7 @@ from sagellm_gateway.dialects import openai_responses as dialect
 from sagellm_gateway.dialects.openai_common import ignored_fields
 from sagellm_gateway.errors import HttpError
 from sagellm_gateway.jsonbody import convert
-from sagellm_gateway.routes.generation import extras, new_id, now
+from sagellm_gateway.routes.generation import extras, generate, new_id, now
 from sagellm_gateway.store.responses import StoredResponse
 from sagellm_gateway.streaming import guarded, stream
 from sagellm_protocol.errors import (
@@ -110,13 +110,15 @@ async def create(call: Call) -> None:
     own = dialect.input_items(body)
     history = await _history(call, body.previous_response_id)
     response_id = new_id("resp_")
-    request = dialect.request_of(body, [*history, *own], response_id, call.gateway.config.limits, **extras(call))
+    request = dialect.request_of(
+        body, [*history, *own], response_id, call.gateway.config.limits, **extras(call, body.model)
+    )
     call.scope["sagellm.model"] = request.model
-    builder = dialect.ResponseBuilder(body, response_id, now())
+    builder = dialect.ResponseBuilder(body, request, now())
     if body.background:
         await _in_background(call, body, builder, request, own)
         return
-    events = call.gateway.manager.generate(request)
+    events = generate(call, request)
     if body.stream:
         await stream(call, _built(call, events, builder, own), EventFrames(builder))
         return
@@ -208,7 +210,7 @@ async def _in_background(
 async def _work(call: Call, run: BackgroundRun, request: GenerationRequest, own: list[dict[str, Any]]) -> None:
     builder = run.builder
     try:
-        async with contextlib.aclosing(call.gateway.manager.generate(request)) as events:
+        async with contextlib.aclosing(generate(call, request)) as events:
             async for event in events:
                 run.publish(_take(builder, event))
                 if type(event) is GenerationStart:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from sagellm_gateway import metrics
 from sagellm_gateway.context import Handler
 from sagellm_gateway.errors import Shape, anthropic_body, bare_body, ollama_body, openai_body
-from sagellm_gateway.routes import anthropic, models, ollama, openai, operation, responses, tokens
+from sagellm_gateway.routes import anthropic, models, ollama, openai, operation, responses, tokens, vectors
 
 __all__ = ["ALIASED", "ROUTES", "RouteSpec"]
 
@@ -37,10 +38,17 @@ ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("DELETE", "/v1/responses/{response}", responses.delete),
     RouteSpec("POST", "/v1/responses/{response}/cancel", responses.cancel),
     RouteSpec("GET", "/v1/responses/{response}/input_items", responses.input_items),
+    RouteSpec("POST", "/v1/embeddings", vectors.embeddings),
+    RouteSpec("POST", "/v1/rerank", vectors.rerank),
+    RouteSpec("POST", "/v1/score", vectors.score),
+    RouteSpec("POST", "/rerank", vectors.rerank),
+    RouteSpec("POST", "/score", vectors.score),
+    RouteSpec("POST", "/api/embed", vectors.ollama_embed, "user", ollama_body),
+    RouteSpec("POST", "/api/embeddings", vectors.ollama_embeddings, "user", ollama_body),
     RouteSpec("POST", "/v1/messages", anthropic.messages, "user", anthropic_body),
     RouteSpec("POST", "/v1/messages/count_tokens", anthropic.count_tokens, "user", anthropic_body),
     RouteSpec("POST", "/api/chat", ollama.chat, "user", ollama_body),
-    RouteSpec("POST", "/api/generate", ollama.generate, "user", ollama_body),
+    RouteSpec("POST", "/api/generate", ollama.generate_, "user", ollama_body),
     RouteSpec("GET", "/api/tags", ollama.tags, "user", ollama_body),
     RouteSpec("GET", "/api/ps", ollama.ps, "user", ollama_body),
     RouteSpec("GET", "/api/version", ollama.version, "user", ollama_body),
@@ -51,6 +59,7 @@ ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("POST", "/tokenize", tokens.tokenize),
     RouteSpec("POST", "/detokenize", tokens.detokenize),
     RouteSpec("GET", "/tokenizer_info", tokens.tokenizer_info),
+    RouteSpec("GET", "/metrics", metrics.metrics, "metrics", bare_body),
     RouteSpec("GET", "/live", operation.live, "open", bare_body),
     RouteSpec("GET", "/health", operation.health, "open", bare_body),
     RouteSpec("GET", "/ready", operation.ready, "open", bare_body),
