@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import IO, Any, Literal
 
 import msgspec
@@ -15,6 +16,7 @@ from sagellm_control_plane.events import PolicyChanged
 from sagellm_control_plane.live import observe
 from sagellm_control_plane.live.dispatcher import Dispatcher
 from sagellm_control_plane.live.engines import Engines
+from sagellm_control_plane.live.foreign import foreign_engine
 from sagellm_control_plane.live.generation import Generation
 from sagellm_control_plane.live.lifecycle import ClientFactory, LifecycleDriver, ModelCatalog, RestartPolicy
 from sagellm_control_plane.live.probes import Prober
@@ -30,9 +32,11 @@ from sagellm_control_plane.types import (
     RequestStatus,
     SchedulingMetrics,
 )
+from sagellm_control_plane.view import RequestView
+from sagellm_protocol.embedding import EmbeddingRequest, EmbedRequest, EmbedResult, ScoreRequest
 from sagellm_protocol.errors import CancelledRequestError, InvalidArgumentError, SageError, UnavailableError
 from sagellm_protocol.generation import GenerationEvent, GenerationRequest
-from sagellm_protocol.ports import ChatModel, EngineClient
+from sagellm_protocol.ports import ChatModel, EmbeddingModel, EngineClient
 from sagellm_protocol.types import Request, Response, StreamEvent
 
 __all__ = ["ControlPlaneManager"]
@@ -51,7 +55,7 @@ class ControlPlaneManager:
         config: everything else; the names above stand over it.
         driver: starts and stops engines; None if none are to be started from here.
         catalog: which models can be started.
-        client_factory: makes clients for engines that are registered by address.
+        client_factory: makes clients for engines that are registered by address; the default speaks OpenAI's API over HTTP.
         decision_log: a binary file to which events and decisions are written.
         seed: of the decisions that draw.
 
@@ -91,7 +95,7 @@ class ControlPlaneManager:
             self._prober,
             driver=driver,
             catalog=catalog,
-            client_factory=client_factory,
+            client_factory=client_factory or foreign_engine,
             restart=RestartPolicy(enabled=auto_restart, max_attempts=max_restart_attempts),
         )
         self._driver = driver
@@ -99,6 +103,7 @@ class ControlPlaneManager:
         self._v01 = V01Requests(self._requests, self._open)
         self._started_at: float | None = None
         self._stopping = False
+        self._serial = itertools.count()
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -127,7 +132,7 @@ class ControlPlaneManager:
     # -- engines ---------------------------------------------------------------------------------------------------
 
     async def add_engine(
-        self, client: EngineClient, chat_model: ChatModel, metadata: Mapping[str, Any] | None = None
+        self, client: EngineClient, chat_model: ChatModel | EmbeddingModel, metadata: Mapping[str, Any] | None = None
     ) -> EngineInfo:
         """Register an engine by its client (in this process or elsewhere); it is READY when this returns.
 
@@ -149,8 +154,7 @@ class ControlPlaneManager:
         """Register an engine by its address; it becomes READY when it answers a probe.
 
         Raises:
-            InvalidArgumentError: the id is taken, or the kind or the port is not valid.
-            UnsupportedError: the mode is ``local``, or no client for addresses was plugged in.
+            InvalidArgumentError: the id is taken, the kind, port or metadata is not valid, or the mode is ``local``.
         """
         if self.mode == "local":
             raise InvalidArgumentError(
@@ -286,11 +290,14 @@ class ControlPlaneManager:
             self._requests.end(request.request_id, status, keep=False)
 
     def _open(self, request: GenerationRequest) -> RequestEntry:
-        if self._stopping:
-            raise UnavailableError("the control plane is stopping: try another one", retry_after_s=1.0)
+        self._refuse_when_stopping()
         entry = RequestEntry(Generation(self._dispatcher, self._engines.chat_model(request.model), request))
         self._requests.begin(request.request_id, entry)
         return entry
+
+    def _refuse_when_stopping(self) -> None:
+        if self._stopping:
+            raise UnavailableError("the control plane is stopping: try another one", retry_after_s=1.0)
 
     async def execute_request(self, request: Request) -> Response:
         """Run a v0.1 request to its end. Failures are in the response's `error`.
@@ -307,6 +314,47 @@ class ControlPlaneManager:
     async def submit_request(self, request: Request) -> str:
         """Run a v0.1 request in the background and return its id; the result can be asked for by it."""
         return self._v01.submit(request)
+
+    async def embed(self, request: EmbeddingRequest) -> EmbedResult:
+        """Compute vectors; cancelling the awaiting task cancels the work.
+
+        Raises:
+            ModelNotFoundError: no engine serves the model.
+            UnsupportedError: it gives no vectors.
+        """
+        return await self._embed(request.model, self._engines.embedding_model(request.model).prepare_embedding(request))
+
+    async def score(self, request: ScoreRequest) -> EmbedResult:
+        """Score documents against a query; `sagellm_protocol.embedding.relevance` reads the result.
+
+        Raises:
+            ModelNotFoundError: no engine serves the model.
+            UnsupportedError: it cannot score.
+        """
+        return await self._embed(request.model, self._engines.embedding_model(request.model).prepare_score(request))
+
+    async def _embed(self, model: str, request: EmbedRequest) -> EmbedResult:
+        self._refuse_when_stopping()
+        view = RequestView(
+            request_id=request.request_id,
+            model=model,
+            prompt_tokens=sum(map(len, request.inputs)),
+            kind="embedding",
+            priority=request.priority,
+            deadline_s=request.deadline_s,
+            adapter=request.adapter or "",
+            arrived_at=self._dispatcher.clock(),
+        )
+        job = self._dispatcher.open_embedding(request, view)
+        try:
+            return await job.result
+        finally:
+            self._dispatcher.close(job)
+
+    async def get_embeddings(self, texts: Sequence[str], model: str) -> list[list[float]]:
+        """Return one vector for each text."""
+        request = EmbeddingRequest(request_id=f"emb-{next(self._serial)}", model=model, inputs=tuple(texts))
+        return (await self.embed(request)).vectors()
 
     def get_request_status(self, request_id: str) -> RequestStatus:
         """Return where a request stands.

@@ -423,6 +423,7 @@ class ControlState:
             return commands  # a hedge is still running
         request = record.request
         request.emitted = max(request.emitted, event.emitted)
+        request.journal = engine.profile.journal
         record.last_error = event.error
         final = self._verdict(record, event.error, now)
         if final is not None:
@@ -462,6 +463,8 @@ class ControlState:
             )
         if record.tries >= config.max_attempts:
             return unavailable(f"{record.tries} attempts failed, the last one with: {error.message}")
+        if record.request.emitted and record.request.journal == "none":
+            return unavailable(f"the engine cannot continue elsewhere what it began: {error.message}")
         if record.request.deadline_at <= now:
             return Error(code=ErrorCode.DEADLINE_EXCEEDED, message="the request's deadline passed while it was retried")
         return None

@@ -50,7 +50,8 @@ class EngineProfile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         role: ``any``, ``prefill`` or ``decode``.
         prior: what is believed of its speed; None takes the cluster's.
         adapters: LoRA adapters that it has loaded.
-        resumable: whether it continues a sequence that another engine began.
+        journal: what it must be told to continue a sequence that another engine began: ``tokens``, ``text``, or ``none`` when
+            it cannot.
     """
 
     engine_id: str
@@ -64,7 +65,7 @@ class EngineProfile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     role: str = "any"
     prior: LatencyPrior | None = None
     adapters: tuple[str, ...] = ()
-    resumable: bool = True
+    journal: str = "tokens"
 
 
 class RequestView(msgspec.Struct, kw_only=True, gc=False, omit_defaults=True):
@@ -87,6 +88,7 @@ class RequestView(msgspec.Struct, kw_only=True, gc=False, omit_defaults=True):
     emitted: int = 0
     avoid: tuple[str, ...] = ()
     suspect: bool = False
+    journal: str = "tokens"
 
     @property
     def deadline_at(self) -> float:
@@ -235,7 +237,7 @@ class ClusterView:
         if request.adapter:
             usable = [e for e in usable if request.adapter in e.profile.adapters] or usable
         if request.emitted:
-            usable = [e for e in usable if e.profile.resumable]
+            usable = [e for e in usable if e.profile.journal == request.journal != "none"]
         if request.avoid:
             usable = [e for e in usable if e.engine_id not in request.avoid] or usable
         if request.suspect:

@@ -25,11 +25,13 @@ from sagellm_control_plane.events import (
     RestartHung,
     SnapshotWanted,
 )
+from sagellm_control_plane.live.embedding import EmbeddingJob
 from sagellm_control_plane.live.registry import Engine, EngineRegistry
 from sagellm_control_plane.live.sequence import Mailbox, Sequence
 from sagellm_control_plane.state import ControlState
 from sagellm_control_plane.types import EngineState
 from sagellm_control_plane.view import RequestView
+from sagellm_protocol.embedding import EmbedRequest
 from sagellm_protocol.engine import EngineRequest
 from sagellm_protocol.errors import EngineDiedError, Error, UnavailableError
 from sagellm_protocol.ports import EngineClient
@@ -55,7 +57,7 @@ class Dispatcher:
         self.on_hung: Callable[[str], None] = lambda _engine_id: None
         self.on_snapshot_wanted: Callable[[str], None] = lambda _engine_id: None
         self._log = log
-        self._sequences: dict[str, Sequence] = {}
+        self._sequences: dict[str, Sequence | EmbeddingJob] = {}
         self._idle_waiters: dict[str, list[asyncio.Event]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._feeding = False
@@ -130,7 +132,14 @@ class Dispatcher:
         self.feed(RequestArrived(view))
         return sequence
 
-    def close(self, sequence: Sequence, *, finished: bool = False) -> None:
+    def open_embedding(self, request: EmbedRequest, view: RequestView) -> EmbeddingJob:
+        """Begin an embedding: its future gets the result."""
+        job = EmbeddingJob(request, self.feed)
+        self._sequences[request.request_id] = job
+        self.feed(RequestArrived(view))
+        return job
+
+    def close(self, sequence: Sequence | EmbeddingJob, *, finished: bool = False) -> None:
         """End a sequence, wherever it stands; aborts what still runs. Idempotent."""
         timer = self._timers.pop(sequence.request_id, None)
         if timer is not None:

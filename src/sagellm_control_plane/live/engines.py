@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -29,7 +29,7 @@ from sagellm_protocol.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from sagellm_protocol.ports import ChatModel, EngineClient
+from sagellm_protocol.ports import ChatModel, EmbeddingModel, EngineClient
 
 __all__ = ["Engines"]
 
@@ -46,7 +46,7 @@ class Engines:
         *,
         driver: LifecycleDriver | None,
         catalog: ModelCatalog | None,
-        client_factory: ClientFactory | None,
+        client_factory: ClientFactory,
         restart: RestartPolicy,
     ) -> None:
         self._dispatcher = dispatcher
@@ -56,7 +56,7 @@ class Engines:
         self._catalog = catalog
         self._client_factory = client_factory
         self._restart = restart
-        self._chat_models: dict[str, ChatModel] = {}
+        self._chat_models: dict[str, ChatModel | EmbeddingModel] = {}
         self._serial = 0
         self._tasks: set[asyncio.Task[None]] = set()
         dispatcher.on_hung = self._on_hung
@@ -68,6 +68,30 @@ class Engines:
 
         Raises:
             ModelNotFoundError: none does.
+            UnsupportedError: it is a model that gives no text.
+        """
+        model = self.text_side(model_id)
+        if not hasattr(model, "prepare"):
+            raise UnsupportedError(f"model {model_id!r} gives vectors, not text", param="model")
+        return cast("ChatModel", model)
+
+    def embedding_model(self, model_id: str) -> EmbeddingModel:
+        """Return the text side of a model that gives vectors.
+
+        Raises:
+            ModelNotFoundError: no engine serves the model.
+            UnsupportedError: it gives no vectors.
+        """
+        model = self.text_side(model_id)
+        if not isinstance(model, EmbeddingModel):
+            raise UnsupportedError(f"model {model_id!r} gives text, not vectors", param="model")
+        return model
+
+    def text_side(self, model_id: str) -> ChatModel | EmbeddingModel:
+        """Return what prepares requests for a model.
+
+        Raises:
+            ModelNotFoundError: no engine serves it.
         """
         model = self._chat_models.get(model_id)
         if model is None:
@@ -81,7 +105,9 @@ class Engines:
 
     # -- engines that others run -----------------------------------------------------------------------------------
 
-    async def add(self, client: EngineClient, chat_model: ChatModel, metadata: Mapping[str, Any]) -> EngineInfo:
+    async def add(
+        self, client: EngineClient, chat_model: ChatModel | EmbeddingModel, metadata: Mapping[str, Any]
+    ) -> EngineInfo:
         """Register an engine by its client; it is READY when this returns."""
         description = await client.describe()
         info = self._info(client.engine_id, chat_model.model_id, description.kind, metadata)
@@ -97,11 +123,6 @@ class Engines:
         self, engine_id: str, model_id: str, host: str, port: int, kind: str, metadata: Mapping[str, Any]
     ) -> EngineInfo:
         """Register an engine by its address; it is STARTING until it has answered a probe."""
-        if self._client_factory is None:
-            raise UnsupportedError(
-                "this control plane has no client for engines by address: pass client_factory, or use add_engine",
-                param="host",
-            )
         if kind not in ("llm", "embedding"):
             raise InvalidArgumentError(f"engine_kind is {kind!r}: use llm or embedding", param="engine_kind")
         if not 0 < port < 65536:
@@ -110,11 +131,11 @@ class Engines:
         engine = Engine(info)
         self._registry.add(engine)
         try:
-            engine.client, chat_model = self._client_factory(engine_id, model_id, host, port, metadata)
+            engine.client, text_side = self._client_factory(engine_id, model_id, host, port, metadata)
         except SageError:
             self._registry.remove(engine_id)
             raise
-        self._chat_models.setdefault(model_id, chat_model)
+        self._chat_models.setdefault(model_id, text_side)
         return info
 
     async def unregister(self, engine_id: str) -> EngineInfo:

@@ -69,7 +69,7 @@ class Generation:
         prompt = known[0] if known else len(self._prepared.engine_requests[0].prompt_token_ids)
         return Usage(
             prompt_tokens=prompt,
-            completion_tokens=sum(sequence.emitted for sequence in self.sequences),
+            completion_tokens=sum(s.usage.completion_tokens if s.usage else s.emitted for s in self.sequences),
             cached_tokens=max((s.cached_tokens for s in self.sequences), default=0),
         )
 
@@ -106,7 +106,9 @@ class Generation:
                         yield self._start(index, item)
                     if index not in self._open:
                         continue  # what was still under way when a stop string matched
-                    if self.first_token_at is None and (item.token_ids or item.text):
+                    if self.first_token_at is None and (
+                        item.token_ids or item.text or item.reasoning or item.tool_calls
+                    ):
                         self.first_token_at = time.monotonic()
                     gained = self._decoders[index].push(item)
                     if (gained is not None and gained.finish_reason is not None) or item.finish_reason is not None:

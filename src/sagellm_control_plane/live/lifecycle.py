@@ -7,11 +7,11 @@ stops it. It reports each of these to a listener; which requests were lost and w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
-from sagellm_protocol.ports import ChatModel, EngineClient
+from sagellm_protocol.ports import ChatModel, EmbeddingModel, EngineClient
 
 __all__ = ["EngineExit", "EngineSpec", "LifecycleDriver", "LifecycleListener", "ModelCatalog", "RestartPolicy"]
 
@@ -35,7 +35,16 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What to start. `config` is the engine's own configuration; the control plane does not look into it."""
+    """What to start. `config` is the engine's own configuration; the control plane does not look into it.
+
+    Attributes:
+        engine_id, model_id, kind: who it is.
+        config: of the engine.
+        ready_timeout_s: seconds from the start to the first answer.
+        restart: when it is started again.
+        gpus: how many are reserved for it and shown to it.
+        listen: ``unix``, or ``tcp`` on a reserved loopback port with a token.
+    """
 
     engine_id: str
     model_id: str
@@ -43,6 +52,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     kind: str = "llm"
     ready_timeout_s: float = 180.0
     restart: RestartPolicy = RestartPolicy()
+    gpus: int = 0
+    listen: Literal["unix", "tcp"] = "unix"
 
 
 class EngineExit(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,10 +136,10 @@ class ModelCatalog(Protocol):
         """
         ...
 
-    def chat_model(self, model_id: str) -> ChatModel:
+    def chat_model(self, model_id: str) -> ChatModel | EmbeddingModel:
         """The text side of `model_id`."""
         ...
 
 
-ClientFactory = Callable[[str, str, str, int, Mapping[str, Any]], tuple[EngineClient, ChatModel]]
+ClientFactory = Callable[[str, str, str, int, Mapping[str, Any]], tuple[EngineClient, ChatModel | EmbeddingModel]]
 """(engine_id, model_id, host, port, metadata) -> client and text side of an engine that somebody else started."""

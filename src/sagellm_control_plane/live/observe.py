@@ -52,7 +52,7 @@ def models(dispatcher: Dispatcher, engines: Engines) -> list[ModelInfo]:
             ModelInfo(
                 id=model_id,
                 kind=serving[0].info.engine_kind,
-                context_length=engines.chat_model(model_id).context_length,
+                context_length=engines.text_side(model_id).context_length,
                 engines=len(serving),
                 ready=sum(e.info.state is EngineState.READY for e in serving),
                 created=min(e.info.created_at for e in serving),

@@ -30,7 +30,8 @@ class Engine:
     def profile(self) -> EngineProfile:
         """Return what the core is told about the engine.
 
-        `info.metadata` may set `zone`, `cost`, `role` and `slots`.
+        `info.metadata` may set `zone`, `cost`, `role` and `slots`. Engines over HTTP that we know to go on with an unfinished
+        assistant message continue from text; the others cannot.
         """
         meta, known = self.info.metadata, self.description
         return EngineProfile(
@@ -43,8 +44,14 @@ class Engine:
             zone=str(meta.get("zone", "")),
             cost=float(meta.get("cost", 1.0)),
             role=str(meta.get("role", "any")),
-            resumable=bool(meta.get("resumable", True)),
+            journal=_journal(known),
         )
+
+
+def _journal(known: EngineDescription | None) -> str:
+    if known is None or known.device != "remote":
+        return "tokens"
+    return "text" if known.backend in ("vllm", "sglang") else "none"
 
 
 class EngineRegistry:

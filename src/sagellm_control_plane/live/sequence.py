@@ -17,7 +17,9 @@ import msgspec
 from sagellm_control_plane.events import AttemptFailed, AttemptFinished, Event, FirstToken
 from sagellm_protocol.engine import EngineRequest, TokenDelta
 from sagellm_protocol.errors import CancelledRequestError, EngineDiedError, Error, ErrorCode, InternalError, SageError
+from sagellm_protocol.generation import Usage
 from sagellm_protocol.ports import EngineClient
+from sagellm_protocol.sampling import SamplingParams
 
 __all__ = ["Mailbox", "Sequence"]
 
@@ -86,6 +88,8 @@ class Sequence:
         self._winner: int | None = None
         self._started = False
         self._pieces = 0
+        self._text: list[str] = []
+        self.usage: Usage | None = None
 
     @property
     def request_id(self) -> str:
@@ -159,8 +163,17 @@ class Sequence:
             request,
             request_id=f"{request.request_id}#{number}",
             emitted_token_ids=tuple(self.journal),
+            emitted_text="".join(self._text),
+            sampling=self._sampling(),
             deadline_s=deadline,
         )
+
+    def _sampling(self) -> SamplingParams:
+        """An engine that takes text counts from its own first token: give it what is left."""
+        sampling = self.request.sampling
+        if not self._pieces or sampling.max_tokens is None:
+            return sampling
+        return msgspec.structs.replace(sampling, max_tokens=max(sampling.max_tokens - self._pieces, 1))
 
     async def _run(self, attempt: _Attempt, client: EngineClient, request: EngineRequest) -> None:
         try:
@@ -198,7 +211,9 @@ class Sequence:
             return False
         if delta.prompt_tokens is not None and self.prompt_tokens is None:
             self.prompt_tokens, self.cached_tokens = delta.prompt_tokens, delta.cached_tokens
-        if not (delta.token_ids or delta.text or delta.finish_reason):
+        if delta.usage is not None:
+            self.usage = delta.usage
+        if not (delta.token_ids or delta.text or delta.reasoning or delta.tool_calls or delta.finish_reason):
             if not self._started:
                 self._started = True
                 self.engine_id = attempt.engine_id
@@ -208,8 +223,9 @@ class Sequence:
             self._begin(attempt, delta)
         attempt.tokens += max(len(delta.token_ids), 1)
         self.journal.extend(delta.token_ids)
-        if delta.text and not delta.token_ids:
+        if not delta.token_ids and (delta.text or delta.reasoning or delta.tool_calls):
             self._pieces += 1
+            self._text.append(delta.text or "")
         self._mailbox.put(self.index, delta)
         if delta.finish_reason is None:
             return True

@@ -1,0 +1,267 @@
+"""Engines of other makers over HTTP: vLLM, SGLang, llama.cpp's server, Ollama, and whatever speaks OpenAI's API."""
+
+from __future__ import annotations
+
+import array
+from collections.abc import AsyncGenerator, Mapping
+from typing import TYPE_CHECKING, Any, get_args
+
+import msgspec
+
+from sagellm_control_plane.live.foreign_text import ForeignChatModel
+from sagellm_control_plane.live.foreign_wire import Flavour, StreamReader, error_of_status, parse_load, request_body
+from sagellm_protocol.embedding import EmbedRequest, EmbedResult
+from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
+from sagellm_protocol.errors import EngineDiedError, InvalidArgumentError, UnavailableError, UnsupportedError
+from sagellm_protocol.ports import ChatModel, EngineClient
+
+if TYPE_CHECKING:
+    import httpx2
+
+__all__ = ["ForeignEngineClient", "foreign_engine"]
+
+_KNOWN_METADATA = {
+    "protocol", "flavour", "scheme", "path", "api_key", "served_model", "slots", "zone", "cost", "role", "context_length",
+}  # fmt: skip
+
+
+class ForeignEngineClient:
+    """An `EngineClient` over an OpenAI-compatible URL.
+
+    Args:
+        engine_id: its name here.
+        base_url: up to and with ``/v1``.
+        model: its name there.
+        flavour: whose server it is: which extra fields it understands, and where its load is found.
+        api_key: sent as a bearer token.
+        connect_s: how long a connection may take.
+        slots: sequences that it runs at once, 0 if unknown.
+        kind: ``llm`` or ``embedding``.
+    """
+
+    def __init__(
+        self,
+        engine_id: str,
+        base_url: str,
+        model: str,
+        *,
+        flavour: Flavour = "openai",
+        api_key: str = "",
+        connect_s: float = 5.0,
+        slots: int = 0,
+        kind: str = "llm",
+    ) -> None:
+        self._engine_id = engine_id
+        self._base_url = base_url.rstrip("/")
+        self._model = model
+        self._flavour = flavour
+        self._api_key = api_key
+        self._connect_s = connect_s
+        self._slots = slots
+        self._kind = kind
+        self._http: httpx2.AsyncClient | None = None
+        self._running = 0
+        self._received = 0
+        self._has_metrics = True
+
+    @property
+    def engine_id(self) -> str:
+        """The engine's name here."""
+        return self._engine_id
+
+    def _client(self) -> httpx2.AsyncClient:
+        if self._http is None:
+            import httpx2
+
+            headers = {"authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+            self._http = httpx2.AsyncClient(
+                headers=headers,
+                timeout=httpx2.Timeout(None, connect=self._connect_s, pool=self._connect_s),
+                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
+                trust_env=False,
+            )
+        return self._http
+
+    async def _get(self, url: str) -> httpx2.Response:
+        import httpx2
+
+        try:
+            return await self._client().get(url)
+        except httpx2.TransportError as error:
+            raise UnavailableError(f"engine {self._engine_id} cannot be reached: {type(error).__name__}") from error
+
+    async def describe(self) -> EngineDescription:
+        """Ask which models it serves; ours must be among them.
+
+        Raises:
+            UnavailableError: it does not answer, or not with a list of models.
+        """
+        reply = await self._get(f"{self._base_url}/models")
+        if reply.status_code != 200:
+            raise UnavailableError(f"engine {self._engine_id} answers /models with {reply.status_code}")
+        try:
+            rows = msgspec.json.decode(reply.content)["data"]
+            row = next((r for r in rows if r["id"] == self._model), None)
+            served = ", ".join(str(r["id"]) for r in rows[:8])
+        except (msgspec.DecodeError, KeyError, TypeError) as error:
+            raise UnavailableError(f"engine {self._engine_id} answers /models with something else") from error
+        if row is None:
+            raise UnavailableError(f"engine {self._engine_id} serves {served or 'nothing'}, not {self._model!r}")
+        context = row.get("max_model_len") or (row.get("meta") or {}).get("n_ctx_train") or 0
+        return EngineDescription(
+            engine_id=self._engine_id,
+            model=self._model,
+            architecture="",
+            backend=self._flavour,
+            device="remote",
+            vocab_size=0,
+            context_length=int(context),
+            block_size=16,
+            n_blocks=0,
+            max_batch_tokens=0,
+            max_sequences=self._slots,
+            kind=self._kind,
+        )
+
+    async def status(self) -> EngineStatus:
+        """Return its load, from its own metrics where it has them, else what we sent.
+
+        Raises:
+            UnavailableError: it does not answer.
+        """
+        root = self._base_url.removesuffix("/v1")
+        load: dict[str, float] = {}
+        if self._has_metrics:
+            reply = await self._get(f"{root}/metrics")
+            load = parse_load(reply.text) if reply.status_code == 200 else {}
+            # A server without the page, or with another one, is not asked again.
+            self._has_metrics = bool(load)
+        if not load:
+            reply = await self._get(f"{self._base_url}/models")
+            if reply.status_code >= 500:
+                raise UnavailableError(f"engine {self._engine_id} answers /models with {reply.status_code}")
+        usage = load.get("kv_usage")
+        return EngineStatus(
+            engine_id=self._engine_id,
+            running=int(load.get("running", self._running)),
+            waiting=int(load.get("waiting", 0)),
+            blocks_total=1000 if usage is not None else 0,
+            blocks_used=int(usage * 1000) if usage is not None else 0,
+            steps=int(load.get("generated", 0)) + self._received,
+            generation_tokens=int(load.get("generated", self._received)),
+        )
+
+    async def stream(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+        """Run one sequence; closing the generator closes the connection, at which such servers abort."""
+        import httpx2
+
+        path, body = request_body(request, self._model, self._flavour)
+        reader = StreamReader(request.request_id, chat=path == "/chat/completions")
+        self._running += 1
+        try:
+            async with self._client().stream("POST", self._base_url + path, json=body) as reply:
+                if reply.status_code != 200:
+                    raise error_of_status(reply.status_code, await reply.aread(), reply.headers)
+                async for line in reply.aiter_lines():
+                    delta = reader.line(line)
+                    if delta is not None:
+                        self._received += 1
+                        yield delta
+                    if reader.done:
+                        return
+            last = reader.end()
+            if last is None:
+                raise EngineDiedError(f"engine {self._engine_id} ended the stream before it was finished")
+            yield last
+        except httpx2.ConnectError as error:
+            raise UnavailableError(f"engine {self._engine_id} refuses connections") from error
+        except httpx2.TransportError as error:
+            raise EngineDiedError(f"engine {self._engine_id} broke the stream: {type(error).__name__}") from error
+        finally:
+            self._running -= 1
+
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        """Embed texts."""
+        import httpx2
+
+        if request.task != "embed" or not request.texts:
+            raise UnsupportedError("an engine over HTTP embeds texts only", param="task")
+        if request.pooling != "model" or request.normalize is not None:
+            raise UnsupportedError("pooling and normalize are not supported by an engine over HTTP", param="pooling")
+        body: dict[str, Any] = {"model": self._model, "input": list(request.texts), "encoding_format": "float"}
+        if request.dimensions is not None:
+            body["dimensions"] = request.dimensions
+        try:
+            reply = await self._client().post(f"{self._base_url}/embeddings", json=body)
+        except httpx2.TransportError as error:
+            raise EngineDiedError(f"engine {self._engine_id} broke the request: {type(error).__name__}") from error
+        if reply.status_code != 200:
+            raise error_of_status(reply.status_code, reply.content, reply.headers)
+        try:
+            answer = msgspec.json.decode(reply.content, type=_Embeddings)
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            raise UnavailableError(f"engine {self._engine_id} answers /embeddings with something else") from error
+        vectors = [row.embedding for row in sorted(answer.data, key=lambda row: row.index)]
+        width = len(vectors[0]) if vectors else 0
+        if len(vectors) != len(request.texts) or any(len(vector) != width for vector in vectors):
+            raise UnavailableError(
+                f"engine {self._engine_id} gave {len(vectors)} vectors for {len(request.texts)} texts"
+            )
+        data = array.array("f", [number for vector in vectors for number in vector]).tobytes()
+        tokens = answer.usage.get("prompt_tokens", 0)
+        return EmbedResult(request_id=request.request_id, width=width, data=data, prompt_tokens=tokens)
+
+    async def abort(self, request_id: str) -> bool:
+        """Such servers have no abort by id: closing the stream does it."""
+        del request_id
+        return False
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._http is not None:
+            await self._http.aclose()
+            self._http = None
+
+
+class _Row(msgspec.Struct):
+    embedding: list[float]
+    index: int = 0
+
+
+class _Embeddings(msgspec.Struct):
+    data: list[_Row]
+    usage: dict[str, int] = {}
+
+
+def foreign_engine(
+    engine_id: str, model_id: str, host: str, port: int, metadata: Mapping[str, Any]
+) -> tuple[EngineClient, ChatModel]:
+    """Return client and text side of an engine at ``http://host:port/v1`` (a `ClientFactory`).
+
+    `metadata` may set `flavour` (openai, vllm, sglang, llamacpp, ollama), `scheme`, `path`, `api_key`, `served_model` (its
+    name there), `slots` and `context_length`, besides what the registry reads.
+
+    Raises:
+        InvalidArgumentError: an unknown flavour or key.
+    """
+    unknown = sorted(set(metadata) - _KNOWN_METADATA)
+    if unknown:
+        raise InvalidArgumentError(
+            f"metadata has {', '.join(unknown)}: known are {', '.join(sorted(_KNOWN_METADATA))}", param="metadata"
+        )
+    flavour = metadata.get("flavour", "openai")
+    if flavour not in get_args(Flavour):
+        raise InvalidArgumentError(
+            f"flavour is {flavour!r}: use one of {', '.join(get_args(Flavour))}", param="metadata"
+        )
+    address = f"[{host}]" if ":" in host else host
+    client = ForeignEngineClient(
+        engine_id,
+        f"{metadata.get('scheme', 'http')}://{address}:{port}{metadata.get('path', '/v1')}",
+        str(metadata.get("served_model", model_id)),
+        flavour=flavour,
+        api_key=str(metadata.get("api_key", "")),
+        slots=int(metadata.get("slots", 0)),
+        kind=str(metadata.get("kind", "llm")),
+    )
+    return client, ForeignChatModel(model_id, int(metadata.get("context_length", 0)))

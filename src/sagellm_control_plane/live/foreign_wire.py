@@ -1,0 +1,282 @@
+"""What goes over HTTP to OpenAI-compatible servers and what comes back; pure translation, no I/O."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from sagellm_protocol.engine import EngineRequest, TokenDelta
+from sagellm_protocol.errors import (
+    EngineDiedError,
+    InvalidArgumentError,
+    ModelNotFoundError,
+    PermissionDeniedError,
+    ResourceExhaustedError,
+    SageError,
+    UnauthenticatedError,
+    UnavailableError,
+    UnsupportedError,
+)
+from sagellm_protocol.generation import ChatMessage, FinishReason, GenerationRequest, ToolCallDelta, Usage
+from sagellm_protocol.sampling import SamplingParams
+
+__all__ = ["Flavour", "StreamReader", "error_of_status", "parse_load", "request_body"]
+
+Flavour = Literal["openai", "vllm", "sglang", "llamacpp", "ollama"]
+
+#: Sampling fields beyond OpenAI's own, by the servers that understand them.
+_EXTRA_SAMPLING: dict[str, dict[str, str]] = {
+    "openai": {},
+    "vllm": {
+        "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repetition_penalty", "min_tokens": "min_tokens",
+        "ignore_eos": "ignore_eos", "stop_token_ids": "stop_token_ids", "bad_words": "bad_words",
+        "allowed_token_ids": "allowed_token_ids",
+    },
+    "sglang": {
+        "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repetition_penalty", "min_tokens": "min_tokens",
+        "ignore_eos": "ignore_eos", "stop_token_ids": "stop_token_ids",
+    },
+    "llamacpp": {
+        "top_k": "top_k", "min_p": "min_p", "typical_p": "typical_p", "repetition_penalty": "repeat_penalty",
+        "ignore_eos": "ignore_eos",
+    },
+    "ollama": {},
+}  # fmt: skip
+
+_BEYOND_OPENAI = (
+    "top_k", "min_p", "typical_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "bad_words",
+    "allowed_token_ids",
+)  # fmt: skip
+
+
+def request_body(request: EngineRequest, model: str, flavour: Flavour) -> tuple[str, dict[str, Any]]:
+    """Return the path and the JSON body of a streamed request.
+
+    Raises:
+        UnsupportedError: something that this server cannot do, by name.
+    """
+    source = request.source
+    if source is None:
+        raise UnsupportedError("an engine over HTTP needs the request as text", param="prompt")
+    body: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
+    body |= _sampling(request.sampling, flavour)
+    if request.adapter is not None:
+        raise UnsupportedError("adapter is not supported by an engine over HTTP: name it as the model", param="adapter")
+    if source.messages is None:
+        return "/completions", body | _completion(source, request.emitted_text)
+    if source.reasoning is not None:
+        body["chat_template_kwargs"] = {"enable_thinking": source.reasoning}
+    return "/chat/completions", body | _chat(source, request.emitted_text)
+
+
+def _completion(source: GenerationRequest, emitted: str) -> dict[str, Any]:
+    if isinstance(source.prompt, str):
+        return {"prompt": source.prompt + emitted}
+    return {"prompt": list(source.prompt or ())}
+
+
+def _chat(source: GenerationRequest, emitted: str) -> dict[str, Any]:
+    messages = [_message(message) for message in source.messages or ()]
+    body: dict[str, Any] = {"messages": messages}
+    if emitted:
+        # vLLM and SGLang go on with an assistant message that is not finished.
+        messages.append({"role": "assistant", "content": emitted})
+        body |= {"continue_final_message": True, "add_generation_prompt": False}
+    if source.tools:
+        body["tools"] = [{"type": "function", "function": msgspec.to_builtins(tool)} for tool in source.tools]
+        choice = source.tool_choice
+        plain = choice in ("auto", "none", "required")
+        body["tool_choice"] = choice if plain else {"type": "function", "function": {"name": choice}}
+        body["parallel_tool_calls"] = source.parallel_tool_calls
+    return body
+
+
+def _message(message: ChatMessage) -> dict[str, Any]:
+    out: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.name is not None:
+        out["name"] = message.name
+    if message.tool_call_id is not None:
+        out["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        out["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": msgspec.to_builtins(call.function)}
+            for call in message.tool_calls
+        ]
+    return out
+
+
+def _sampling(sampling: SamplingParams, flavour: Flavour) -> dict[str, Any]:
+    body: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+    for name in ("max_tokens", "seed"):
+        if getattr(sampling, name) is not None:
+            body[name] = getattr(sampling, name)
+    for name in ("presence_penalty", "frequency_penalty"):
+        if getattr(sampling, name):
+            body[name] = getattr(sampling, name)
+    if sampling.stop:
+        body["stop"] = list(sampling.stop)
+    if sampling.logit_bias:
+        body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
+    if sampling.logprobs is not None or sampling.prompt_logprobs is not None:
+        raise UnsupportedError(
+            "logprobs are not supported by an engine over HTTP: it gives no token ids", param="logprobs"
+        )
+    if sampling.grammar is not None:
+        body["response_format"] = _response_format(sampling)
+    return body | _beyond_openai(sampling, flavour)
+
+
+def _beyond_openai(sampling: SamplingParams, flavour: Flavour) -> dict[str, Any]:
+    body: dict[str, Any] = {}
+    defaults, known = SamplingParams(), _EXTRA_SAMPLING[flavour]
+    for name in _BEYOND_OPENAI:
+        value = getattr(sampling, name)
+        if value == getattr(defaults, name):
+            continue
+        if name not in known:
+            raise UnsupportedError(f"{name} is not supported by an engine of kind {flavour!r}", param=name)
+        body[known[name]] = list(value) if isinstance(value, tuple) else value
+    return body
+
+
+def _response_format(sampling: SamplingParams) -> dict[str, Any]:
+    grammar = sampling.grammar
+    assert grammar is not None
+    if grammar.kind == "json_object":
+        return {"type": "json_object"}
+    if grammar.kind == "json_schema":
+        schema = msgspec.json.decode(grammar.source)
+        return {"type": "json_schema", "json_schema": {"name": "output", "schema": schema, "strict": True}}
+    raise UnsupportedError(
+        f"a grammar of kind {grammar.kind!r} is not supported by an engine over HTTP", param="grammar"
+    )
+
+
+class StreamReader:
+    """Server-sent events of one streamed answer -> deltas. The last delta waits for the usage that follows it."""
+
+    def __init__(self, request_id: str, *, chat: bool) -> None:
+        self._request_id = request_id
+        self._chat = chat
+        self._finish: FinishReason | None = None
+        self._usage: Usage | None = None
+        self.done = False
+
+    def line(self, line: str) -> TokenDelta | None:
+        """Take in one line; return what the sequence gained.
+
+        Raises:
+            SageError: the server reports an error in the stream, or something that is no event of this format.
+        """
+        if not line.startswith("data:"):
+            return None
+        data = line[5:].strip()
+        if data == "[DONE]":
+            return self.end()
+        try:
+            event = msgspec.json.decode(data)
+        except msgspec.DecodeError as error:
+            raise EngineDiedError(f"the engine sent an event that is no JSON: {error}") from None
+        if not isinstance(event, dict):
+            raise EngineDiedError("the engine sent an event that is no object")
+        if event.get("error"):
+            raise UnavailableError(f"the engine reports: {_message_of(event)[:200]}")
+        usage = event.get("usage")
+        if isinstance(usage, dict) and isinstance(usage.get("prompt_tokens"), int):
+            details = usage.get("prompt_tokens_details") or {}
+            self._usage = Usage(
+                prompt_tokens=usage["prompt_tokens"],
+                completion_tokens=usage.get("completion_tokens") or 0,
+                cached_tokens=details.get("cached_tokens") or 0,
+            )
+        choices = event.get("choices") or []
+        return self._choice(choices[0]) if choices else None
+
+    def _choice(self, choice: dict[str, Any]) -> TokenDelta | None:
+        delta = choice.get("delta") or {}
+        text = (delta.get("content") if self._chat else choice.get("text")) or ""
+        reasoning = delta.get("reasoning_content") or delta.get("reasoning") or ""
+        calls = tuple(_tool_call(call) for call in delta.get("tool_calls") or ())
+        if choice.get("finish_reason"):
+            self._finish = _FINISH.get(choice["finish_reason"], "stop")
+        if not (text or reasoning or calls):
+            return None
+        return TokenDelta(request_id=self._request_id, text=text or None, reasoning=reasoning or None, tool_calls=calls)
+
+    def end(self) -> TokenDelta | None:
+        """The stream is over: return its last delta, once, if the server had said why it ended."""
+        if self.done or self._finish is None:
+            return None
+        self.done = True
+        return TokenDelta(
+            request_id=self._request_id,
+            finish_reason=self._finish,
+            usage=self._usage,
+            prompt_tokens=self._usage.prompt_tokens if self._usage else None,
+            cached_tokens=self._usage.cached_tokens if self._usage else 0,
+        )
+
+
+_FINISH: dict[str, FinishReason] = {
+    "stop": "stop", "length": "length", "tool_calls": "tool_calls", "function_call": "tool_calls", "abort": "cancelled",
+}  # fmt: skip
+
+
+def _tool_call(call: dict[str, Any]) -> ToolCallDelta:
+    function = call.get("function") or {}
+    return ToolCallDelta(
+        index=call.get("index") or 0,
+        id=call.get("id"),
+        name=function.get("name"),
+        arguments=function.get("arguments") or "",
+    )
+
+
+def _message_of(body: Any) -> str:
+    error = body.get("error") if isinstance(body, dict) else None
+    if isinstance(error, dict):
+        return str(error.get("message", error))
+    return str(error or body)
+
+
+_BY_STATUS: dict[int, type[SageError]] = {
+    401: UnauthenticatedError, 403: PermissionDeniedError, 404: ModelNotFoundError, 429: ResourceExhaustedError,
+}  # fmt: skip
+
+
+def error_of_status(status: int, body: bytes, headers: Mapping[str, str]) -> SageError:
+    """Return what a reply that is not 200 means: 4xx is the request's fault, 429 and 5xx may go elsewhere."""
+    try:
+        message = _message_of(msgspec.json.decode(body))
+    except msgspec.DecodeError:
+        message = body.decode("utf-8", "replace")
+    message = message[:300] or f"status {status}"
+    try:
+        retry_after = float(headers.get("retry-after", ""))
+    except ValueError:
+        retry_after = None
+    default = InvalidArgumentError if 400 <= status < 500 else UnavailableError
+    return _BY_STATUS.get(status, default)(f"the engine refused: {message}", retry_after_s=retry_after)
+
+
+_LOAD = {
+    "running": ("vllm:num_requests_running", "sglang:num_running_reqs", "llamacpp:requests_processing"),
+    "waiting": ("vllm:num_requests_waiting", "sglang:num_queue_reqs", "llamacpp:requests_deferred"),
+    "kv_usage": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage", "llamacpp:kv_cache_usage_ratio"),
+    "generated": ("vllm:generation_tokens_total", "sglang:generation_tokens_total", "llamacpp:tokens_predicted_total"),
+}  # fmt: skip
+
+_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{[^}]*\})?\s+([-+0-9.eE]+|NaN|[+-]Inf)", re.MULTILINE)
+
+
+def parse_load(text: str) -> dict[str, float]:
+    """Return running, waiting, kv_usage (0-1) and generated, as far as a server's Prometheus page has them."""
+    found: dict[str, float] = {}
+    for name, value in _SAMPLE.findall(text):
+        for key, names in _LOAD.items():
+            if name in names and value not in ("NaN", "+Inf", "-Inf"):
+                found[key] = found.get(key, 0.0) + float(value)
+    return found
