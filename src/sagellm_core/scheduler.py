@@ -1,8 +1,9 @@
 """Which sequences get which rows of the next step. Pure: no tensor library, no clock, no thread.
 
-One token budget serves decode and prefill alike. Running sequences come first: one row each (and guessed ones while there is
-room), then chunks of prompts; what is left admits waiting sequences in the order of their urgency. Blocks are taken before
-the step; when they lack, the least urgent running sequence gives its blocks back and is computed again later.
+One token budget serves decode and prefill alike. Decoding sequences come first, one row each (and guessed ones while there is
+room); waiting sequences start in the order of their urgency while their blocks fit; what is left of the budget goes to chunks
+of prompts. Blocks are taken before the step; when they lack, the least urgent running sequence gives its blocks back and is
+computed again later.
 """
 
 from __future__ import annotations
@@ -120,9 +121,9 @@ class Scheduler:
         step = Schedule(rows_left=self.limits.max_rows, logits_left=self.limits.max_logit_rows)
         self._expire(step, now)
         self._decode(step)
-        self._prefill(step)
         if not step.preempted:
             self._admit(step)
+        self._prefill(step)
         return step
 
     def advance(self, seq: SequenceState, n_computed: int) -> None:
@@ -204,8 +205,6 @@ class Scheduler:
 
     def _admit(self, step: Schedule) -> None:
         for seq in list(self.waiting):
-            if step.rows_left <= 0 or step.logits_left <= 0:
-                return
             if seq.blocked:
                 continue
             found = self._room_for(seq, step)
@@ -213,7 +212,6 @@ class Scheduler:
                 return
             if not found.promised:  # else another sequence is computing what this one would: it is cheaper to wait
                 self._start(seq, found)
-                self._chunk(seq, step, step.rows_left)
 
     def _room_for(self, seq: SequenceState, step: Schedule) -> Match | None:
         """Return what the cache holds of `seq` if it can start now; sequences of a lower band are pushed back for it."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sagellm_backend.base import LoadOptions
-from sagellm_backend.mock import Latency, MockBackend, mock_spec
+from sagellm_backend.mock import Latency, MockBackend, NextToken, mock_spec
 from sagellm_backend.tensors import EMPTY
 from sagellm_core.engine import Engine, EngineSettings
 from sagellm_core.request import GrammarCompiler
@@ -29,6 +29,7 @@ def mock_engine(
     max_waiting: int = 4096,
     prefix_caching: bool = True,
     latency: Latency | None = None,
+    next_token: NextToken | None = None,
     clock: Callable[[], float] = time.monotonic,
     grammars: GrammarCompiler | None = None,
     speculator: Speculator | None = None,
@@ -36,9 +37,9 @@ def mock_engine(
     spill_blocks: int = 64,
     engine_id: str = "mock",
 ) -> Engine:
-    """Return an engine over the simulated device, at full speed unless `latency` is given."""
+    """Return an engine over the simulated device, at full speed unless `latency` is given; `next_token` is what it says."""
     options = LoadOptions(n_blocks=n_blocks, max_rows=max_rows, max_logit_rows=max_logit_rows)
-    runner = MockBackend(latency).load(mock_spec(n_ctx), EMPTY, options)
+    runner = MockBackend(latency, next_token).load(mock_spec(n_ctx), EMPTY, options)
     spill = None if spill_dir is None else DiskTier(runner.kv, spill_dir, spill_blocks * runner.kv.block_bytes)
     settings = EngineSettings(
         engine_id=engine_id,
