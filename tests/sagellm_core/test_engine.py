@@ -158,7 +158,7 @@ def test_a_repeated_prompt_is_taken_from_the_cache_up_to_its_last_token(length):
 
 
 def test_copies_of_one_prompt_compute_it_once_and_part_when_they_write():
-    """n > 1: the first choice computes the prompt, the others share its blocks, the partial one by copy on write."""
+    """With n > 1 the first choice computes the prompt, the others share its blocks, the partial one by copy on write."""
     engine = mock_engine(max_rows=64)
     out = run(engine, *(request(f"r/{k}", PROMPT * 4, seed=k, temperature=2.0, ignore_eos=True) for k in range(4)))
     status = engine.status()

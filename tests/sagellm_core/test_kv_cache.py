@@ -147,7 +147,7 @@ def test_the_least_recently_used_end_is_evicted_first():
 
 
 def test_growing_beyond_what_is_there_changes_nothing():
-    """grow is all or nothing."""
+    """Growing is all or nothing."""
     pool = Pool(n_blocks=3)
     a = pool.start(range(8))
     pool.compute(a)
