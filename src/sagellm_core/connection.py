@@ -57,6 +57,7 @@ class Connection(asyncio.Protocol):
         """A client has connected; it has to say hello next."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are not subclasses
         self._server.connections.add(self)
+        self._server.connections_changed()
 
     def data_received(self, data: bytes) -> None:
         """Take what came; the first bad frame ends the connection."""
@@ -80,6 +81,7 @@ class Connection(asyncio.Protocol):
         self._hello_timer.cancel()
         self._transport = None
         self._server.connections.discard(self)
+        self._server.connections_changed()
         for task in [*self._streams.values(), *self._calls.values()]:
             task.cancel()
 

@@ -56,6 +56,7 @@ class EngineServer:
         heartbeat_s: seconds between heartbeats.
         grace_s: seconds that sequences have to finish after SIGTERM.
         watchdog: told of progress with each heartbeat.
+        orphan_grace_s: seconds that an engine without a parent lives without a client.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class EngineServer:
         heartbeat_s: float = 1.0,
         grace_s: float = 30.0,
         watchdog: Watchdog | None = None,
+        orphan_grace_s: float = 0.0,
     ) -> None:
         self.engine = engine
         self.description = description
@@ -79,6 +81,9 @@ class EngineServer:
         self._heartbeat_s = heartbeat_s
         self._grace_s = grace_s
         self._watchdog = watchdog
+        self._orphan_grace_s = orphan_grace_s
+        self._orphan = False
+        self._orphan_timer: asyncio.TimerHandle | None = None
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -108,6 +113,8 @@ class EngineServer:
         finally:
             server.close()
             heartbeat.cancel()
+            if self._orphan_timer is not None:
+                self._orphan_timer.cancel()
             if self._watchdog is not None:
                 self._watchdog.stop()
             await self._leave()
@@ -120,7 +127,25 @@ class EngineServer:
         _log.info("draining: %d sequences to finish within %g s", self._running, self._grace_s)
         self._drain(self._grace_s)
 
+    def parent_ended(self) -> None:
+        """Whoever started the engine has gone: end, unless somebody takes it over (connects) within the grace time."""
+        self._orphan = True
+        if self._orphan_grace_s <= 0:
+            _log.warning("the process that started this engine has ended: draining")
+            self.stop()
+            return
+        _log.warning("the process that started this engine has ended: waiting %g s for another", self._orphan_grace_s)
+        self.connections_changed()
+
     # for connections
+
+    def connections_changed(self) -> None:
+        """A client came or went."""
+        if self._orphan_timer is not None:
+            self._orphan_timer.cancel()
+            self._orphan_timer = None
+        if self._orphan and self._orphan_grace_s > 0 and not self.connections and self._drainer is None:
+            self._orphan_timer = self.loop.call_later(self._orphan_grace_s, self.stop)
 
     def welcome(self) -> wire.Welcome:
         """The answer to a client's hello."""
@@ -222,6 +247,7 @@ async def run(
     hang_s: float = 120.0,
     status_fd: int | None = None,
     parent_fd: int | None = None,
+    orphan_grace_s: float = 0.0,
     keep_alive_s: float = 0.0,
     rebuild: Callable[[], EngineClient] | None = None,
 ) -> int:
@@ -236,6 +262,7 @@ async def run(
         hang_s: seconds without progress after which the process dumps its stacks and ends; 0 is never.
         status_fd: where the one line of readiness goes.
         parent_fd: the process drains and ends when this is closed at the other end.
+        orphan_grace_s: seconds that it waits then for a client, before it does so.
         keep_alive_s: idle seconds after which the engine is closed; 0 is never.
         rebuild: makes the engine again when a request comes after that.
     """
@@ -253,6 +280,7 @@ async def run(
         heartbeat_s=heartbeat_s,
         grace_s=grace_s,
         watchdog=watchdog,
+        orphan_grace_s=orphan_grace_s,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         server.loop.add_signal_handler(number, server.stop)
@@ -272,8 +300,7 @@ def _follow(parent_fd: int, server: EngineServer) -> None:
     def readable() -> None:
         if os.read(parent_fd, 64) == b"":
             server.loop.remove_reader(parent_fd)
-            _log.warning("the process that started this engine has ended: draining")
-            server.stop()
+            server.parent_ended()
 
     server.loop.add_reader(parent_fd, readable)
 
@@ -307,6 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hang_s=args.hang_timeout,
         status_fd=args.status_fd,
         parent_fd=args.parent_fd,
+        orphan_grace_s=args.orphan_grace,
         keep_alive_s=args.keep_alive,
         rebuild=lambda: _build(args.config),
     )
@@ -381,6 +409,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--tcp", metavar="HOST:PORT", help=f"listen on TCP; the token is in {TOKEN_VARIABLE}")
     parser.add_argument("--status-fd", type=int, help="file descriptor for the one line of readiness")
     parser.add_argument("--parent-fd", type=int, help="end when this file descriptor is closed at the other end")
+    parser.add_argument("--orphan-grace", type=float, default=0.0, help="seconds to wait for a client after that")
     parser.add_argument("--heartbeat", type=float, default=1.0, help="seconds between heartbeats")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds for sequences to finish after SIGTERM")
     parser.add_argument(

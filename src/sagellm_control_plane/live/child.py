@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 __all__ = ["Child", "describe_exit"]
 
@@ -24,8 +24,10 @@ class Child:
         self._ended: asyncio.Future[int] = self._watch()
 
     @classmethod
-    def spawn(cls, argv: Sequence[str], *, log_fd: int, pass_fds: Sequence[int]) -> Child:
-        """Start `argv`; what it writes goes to `log_fd`. Needs a running event loop.
+    def spawn(
+        cls, argv: Sequence[str], *, log_fd: int, pass_fds: Sequence[int], environ: Mapping[str, str] | None = None
+    ) -> Child:
+        """Start `argv`; what it writes goes to `log_fd`; `environ` is added to ours. Needs a running event loop.
 
         Raises:
             OSError: it cannot be executed.
@@ -38,6 +40,7 @@ class Child:
                 stderr=log_fd,
                 pass_fds=list(pass_fds),
                 start_new_session=True,
+                env={**os.environ, **(environ or {})},
             )
         )
 
@@ -45,6 +48,11 @@ class Child:
     def pid(self) -> int:
         """Its process id."""
         return self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended."""
+        return self._ended.done()
 
     @property
     def returncode(self) -> int | None:
@@ -98,8 +106,10 @@ class Child:
             os.killpg(self.pid, signal.SIGKILL)
 
 
-def describe_exit(returncode: int) -> str:
-    """Return an exit status in words."""
+def describe_exit(returncode: int | None) -> str:
+    """Return an exit status in words; None is one that nobody knows."""
+    if returncode is None:
+        return "ended"
     if returncode >= 0:
         return f"ended with status {returncode}"
     try:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,15 @@ import msgspec
 from sagellm_control_plane.live.child import Child, describe_exit
 from sagellm_control_plane.live.engine_log import EngineLog
 from sagellm_control_plane.live.lifecycle import EngineExit, EngineSpec, LifecycleListener
+from sagellm_control_plane.live.processes import (
+    AdoptedProcess,
+    identity,
+    is_alive,
+    own_identity,
+    port_is_free,
+    visible_gpus,
+)
+from sagellm_control_plane.live.store import ProcessRecord, Store
 from sagellm_control_plane.live.wire_client import WireEngineClient, WireTimeouts
 from sagellm_protocol.errors import InvalidArgumentError, SageError, UnavailableError
 from sagellm_protocol.ports import EngineClient
@@ -26,13 +36,16 @@ from sagellm_protocol.wire import StartReport
 __all__ = ["ArgvFactory", "ProcessDriver", "ProcessInfo", "ProcessOptions", "ProcessState"]
 
 ArgvFactory = Callable[[EngineSpec, str], Sequence[str]]
-"""(what to start, path of its Unix socket) -> command line. The driver adds ``--status-fd`` and ``--parent-fd``."""
+"""(what to start, where it listens) -> command line. Where is the path of a Unix socket, or ``tcp://host:port`` (the token is in the
+environment). The driver adds ``--status-fd``, ``--parent-fd`` and ``--orphan-grace``."""
 
 _log = logging.getLogger(__name__)
 
 _KILL_WAIT_S = 10.0
 _DUMP_WAIT_S = 1.0
 _ROTATE_EVERY_S = 5.0
+_ADOPT_WAIT_S = 5.0
+_TOKEN_VARIABLE = "SAGELLM_ENGINE_TOKEN"  # noqa: S105 (a name, not a token)
 
 
 class ProcessState(str, Enum):
@@ -68,12 +81,16 @@ class ProcessOptions(msgspec.Struct, frozen=True, kw_only=True):
         log_dir: for ``<engine>.log``.
         log_bytes: of each log; twice that is kept.
         timeouts: of the connections.
+        orphan_grace_s: seconds that an engine outlives a driver with a store, for the next driver to adopt it.
+        ports: of engines that listen on TCP, in order of preference.
     """
 
     run_dir: Path
     log_dir: Path
     log_bytes: int = 16 * 2**20
     timeouts: WireTimeouts = WireTimeouts()
+    orphan_grace_s: float = 60.0
+    ports: tuple[int, ...] = tuple(range(8902, 9002))
 
     @classmethod
     def default(cls) -> ProcessOptions:
@@ -87,13 +104,14 @@ class ProcessOptions(msgspec.Struct, frozen=True, kw_only=True):
 class _Engine:
     """One supervised engine, over all its restarts."""
 
-    def __init__(self, spec: EngineSpec, listener: LifecycleListener, address: Path, log: EngineLog) -> None:
+    def __init__(self, spec: EngineSpec, listener: LifecycleListener, log: EngineLog) -> None:
         self.spec = spec
         self.listener = listener
-        self.address = address
+        self.address = ""
+        self.token = ""
         self.log = log
         self.state = ProcessState.STARTING
-        self.child: Child | None = None
+        self.child: Child | AdoptedProcess | None = None
         self.client: WireEngineClient | None = None
         self.parent_fd: int | None = None
         self.failures = 0
@@ -116,7 +134,7 @@ class _Engine:
             pid=self.child.pid if self.child is not None and self.alive else 0,
             restarts=self.restarts,
             started_at=self.started_at,
-            address=str(self.address),
+            address=self.address,
             log=str(self.log.path),
             reason=self.reason,
         )
@@ -125,11 +143,13 @@ class _Engine:
 class ProcessDriver:
     """A `LifecycleDriver` for processes on this machine.
 
-    The processes end when this one does, however it ends: each follows a pipe whose other end is here.
+    Each process follows a pipe whose other end is here. Without a store it ends when this process does, however that ends. With a store
+    it waits `ProcessOptions.orphan_grace_s` seconds for the next driver, which takes it over by `adopt`.
 
     Args:
         argv: makes the command line of an engine.
         options: directories and times.
+        store: where processes and reservations are noted.
         on_change: told of every change of state, on the event loop.
     """
 
@@ -138,10 +158,13 @@ class ProcessDriver:
         argv: ArgvFactory,
         options: ProcessOptions | None = None,
         *,
+        store: Store | None = None,
         on_change: Callable[[ProcessInfo], None] | None = None,
     ) -> None:
         self._argv = argv
         self._options = options or ProcessOptions.default()
+        self._store = store or Store()
+        self._orphan_grace_s = self._options.orphan_grace_s if store is not None else 0.0
         self._on_change = on_change
         self._engines: dict[str, _Engine] = {}
         self._rotator: asyncio.Task[None] | None = None
@@ -168,21 +191,66 @@ class ProcessDriver:
         known = self._engines.get(spec.engine_id)
         if known is not None and known.alive:
             raise InvalidArgumentError(f"engine {spec.engine_id!r} is running: choose another id", param="engine_id")
-        engine = _Engine(spec, listener, self._socket_path(spec.engine_id), self._log_of(spec.engine_id))
-        self._engines[spec.engine_id] = engine
-        if self._rotator is None:
-            self._rotator = asyncio.create_task(self._rotate_logs())
+        engine = self._new(spec, listener)
         try:
             client = await self._launch(engine)
         except BaseException as exc:
             await self._end_child(engine, 0.0)
             if engine.state is ProcessState.STARTING:
                 engine.reason = exc.message if isinstance(exc, SageError) else "the start was given up"
-                self._enter(engine, ProcessState.FAILED)
+                self._give_up(engine)
             raise
+        self._watch(engine)
+        return client
+
+    async def adopt(self, listener: LifecycleListener) -> list[EngineSpec]:
+        """Take over the engines of a driver on the same store that has ended; return how they were started.
+
+        Each that answers is announced to the listener as ready; one that does not is ended. Engines whose driver lives are left alone.
+        """
+        adopted = [await self._adopt(record, listener) for record in self._store.processes()]
+        return [spec for spec in adopted if spec is not None]
+
+    async def _adopt(self, record: ProcessRecord, listener: LifecycleListener) -> EngineSpec | None:
+        if is_alive(record.owner):
+            return None
+        if not is_alive(record.identity):
+            self._store.remove_process(record.engine_id)
+            self._store.release(record.engine_id)
+            return None
+        if not self._store.claim_process(record.engine_id, record.owner, own_identity()):
+            return None  # another driver was faster
+        engine = self._new(record.spec, listener)
+        engine.address, engine.token, engine.started_at = record.address, record.token, record.started_at
+        engine.child = AdoptedProcess(record.pid, record.identity)
+        engine.client = self._client(engine)
+        try:
+            await asyncio.wait_for(engine.client.connect(), _ADOPT_WAIT_S)
+        except (SageError, asyncio.TimeoutError):
+            await self._end_child(engine, 0.0)
+            self._store.release(record.engine_id)
+            del self._engines[record.engine_id]
+            return None
+        self._enter(engine, ProcessState.READY)
+        listener.engine_ready(record.engine_id, engine.client, record.pid)
+        self._watch(engine)
+        return record.spec
+
+    def _new(self, spec: EngineSpec, listener: LifecycleListener) -> _Engine:
+        engine = _Engine(spec, listener, self._log_of(spec.engine_id))
+        self._engines[spec.engine_id] = engine
+        if self._rotator is None:
+            self._rotator = asyncio.create_task(self._rotate_logs())
+        return engine
+
+    def _watch(self, engine: _Engine) -> None:
         engine.supervisor = asyncio.create_task(self._supervise(engine))
         engine.supervisor.add_done_callback(_report_bug)
-        return client
+
+    def _client(self, engine: _Engine) -> WireEngineClient:
+        return WireEngineClient(
+            engine.spec.engine_id, engine.address, token=engine.token, timeouts=self._options.timeouts
+        )
 
     async def stop_engine(self, engine_id: str, *, grace_s: float = 10.0) -> None:
         """Ask the engine to finish and end, wait `grace_s`, then kill it. No restart. Idempotent."""
@@ -193,9 +261,10 @@ class ProcessDriver:
         if engine.supervisor is not None:
             engine.supervisor.cancel()
             await asyncio.wait([engine.supervisor])
-        running = engine.child is not None and engine.child.returncode is None
+        running = engine.child is not None and not engine.child.ended
         returncode = await self._end_child(engine, grace_s)
         engine.reason = "stopped"
+        self._store.release(engine_id)
         self._enter(engine, ProcessState.STOPPED)
         if running:
             self._tell_exit(engine, returncode, "stopped", None)
@@ -245,8 +314,7 @@ class ProcessDriver:
         finally:
             os.close(status_fd)
         await self._check_report(engine, line)
-        client = WireEngineClient(spec.engine_id, str(engine.address), timeouts=self._options.timeouts)
-        engine.client = client
+        engine.client = client = self._client(engine)
         try:
             await asyncio.wait_for(client.connect(), max(1.0, deadline - time.monotonic()))
         except asyncio.TimeoutError:
@@ -258,6 +326,7 @@ class ProcessDriver:
 
     def _spawn(self, engine: _Engine) -> int:
         """Start the process; return the file descriptor on which it reports."""
+        environ = self._reserve(engine)
         try:
             self._options.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             log_fd = engine.log.open()
@@ -267,10 +336,11 @@ class ProcessDriver:
             ) from None
         status_read, status_write = os.pipe()
         parent_read, parent_write = os.pipe()
-        argv = [*self._argv(engine.spec, str(engine.address))]
+        argv = [*self._argv(engine.spec, engine.address)]
         argv += ["--status-fd", str(status_write), "--parent-fd", str(parent_read)]
+        argv += ["--orphan-grace", str(self._orphan_grace_s)]
         try:
-            engine.child = Child.spawn(argv, log_fd=log_fd, pass_fds=[status_write, parent_read])
+            child = Child.spawn(argv, log_fd=log_fd, pass_fds=[status_write, parent_read], environ=environ)
         except OSError as exc:
             os.close(status_read)
             os.close(parent_write)
@@ -280,9 +350,37 @@ class ProcessDriver:
         finally:
             for fd in (status_write, parent_read, log_fd):
                 os.close(fd)
+        engine.child = child
         engine.parent_fd = parent_write
         engine.started_at = time.time()
+        self._store.put_process(
+            ProcessRecord(
+                engine_id=engine.spec.engine_id,
+                pid=child.pid,
+                identity=identity(child.pid),
+                address=engine.address,
+                token=engine.token,
+                started_at=engine.started_at,
+                owner=own_identity(),
+                spec=engine.spec,
+            )
+        )
         return status_read
+
+    def _reserve(self, engine: _Engine) -> dict[str, str]:
+        """Choose address, token and GPUs; return what the process finds in its environment."""
+        spec, environ = engine.spec, {}
+        if spec.listen == "tcp":
+            ports = [str(port) for port in self._options.ports]
+            (port,) = self._store.reserve("port", spec.engine_id, ports, usable=port_is_free)
+            engine.address, engine.token = f"tcp://127.0.0.1:{port}", secrets.token_urlsafe(24)
+            environ[_TOKEN_VARIABLE] = engine.token
+        else:
+            engine.address = str(self._socket_path(spec.engine_id))
+        if spec.gpus:
+            gpus = self._store.reserve("gpu", spec.engine_id, visible_gpus(), spec.gpus)
+            environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        return environ
 
     async def _check_report(self, engine: _Engine, line: bytes) -> None:
         assert engine.child is not None
@@ -307,16 +405,16 @@ class ProcessDriver:
         while True:
             assert engine.child is not None
             ready_since = time.monotonic()
-            returncode: int | None = await engine.child.wait()
+            returncode = await engine.child.wait()
             await self._end_child(engine, 0.0)
             if time.monotonic() - ready_since >= policy.stable_s:
                 engine.failures = 0
-            reason = describe_exit(returncode or 0) + _quoted(engine.log.last_words())
+            reason = describe_exit(returncode) + _quoted(engine.log.last_words())
             while True:
                 engine.failures += 1
                 engine.reason = reason
                 if not policy.enabled or engine.failures > policy.max_attempts:
-                    self._enter(engine, ProcessState.FAILED)
+                    self._give_up(engine)
                     self._tell_exit(engine, returncode, reason, None)
                     return
                 delay = min(policy.first_delay_s * 2 ** (engine.failures - 1), policy.max_delay_s)
@@ -333,7 +431,7 @@ class ProcessDriver:
     async def _end_child(self, engine: _Engine, grace_s: float) -> int | None:
         """End the process and what belongs to it; return its exit status."""
         child = engine.child
-        if child is not None and child.returncode is None:
+        if child is not None and not child.ended:
             if grace_s > 0:
                 child.terminate()
             try:
@@ -347,8 +445,14 @@ class ProcessDriver:
         if engine.client is not None:
             await engine.client.close()
             engine.client = None
-        engine.address.unlink(missing_ok=True)
+        if engine.address.startswith("/"):
+            Path(engine.address).unlink(missing_ok=True)  # noqa: ASYNC240 (one system call)
+        self._store.remove_process(engine.spec.engine_id)
         return child.returncode if child is not None else None
+
+    def _give_up(self, engine: _Engine) -> None:
+        self._store.release(engine.spec.engine_id)
+        self._enter(engine, ProcessState.FAILED)
 
     def _enter(self, engine: _Engine, state: ProcessState) -> None:
         engine.state = state

@@ -1,6 +1,7 @@
 """The driver over real processes: `counting_engine.py` in place of a model, and the mock engine where it matters."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,8 +14,18 @@ import pytest
 from sagellm_control_plane.live.engine_log import EngineLog
 from sagellm_control_plane.live.lifecycle import EngineExit, EngineSpec, RestartPolicy
 from sagellm_control_plane.live.process_driver import ProcessDriver, ProcessOptions, ProcessState
+from sagellm_control_plane.live.processes import AdoptedProcess, identity, is_alive, own_identity
+from sagellm_control_plane.live.store import ProcessRecord, Store
+from sagellm_control_plane.live.wire_client import WireEngineClient
 from sagellm_protocol import EngineRequest, SamplingParams
-from sagellm_protocol.errors import EngineDiedError, InvalidArgumentError, ModelFileError, UnavailableError
+from sagellm_protocol.errors import (
+    EngineDiedError,
+    InvalidArgumentError,
+    ModelFileError,
+    ResourceExhaustedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from sagellm_protocol.ports import EngineClient
 
 COUNTING = Path(__file__).parents[2] / "sagellm_core" / "counting_engine.py"
@@ -23,7 +34,8 @@ FAST = RestartPolicy(first_delay_s=0.01, max_delay_s=0.05, max_attempts=3)
 
 def argv(spec: EngineSpec, socket: str) -> list[str]:
     config = msgspec.json.encode(dict(spec.config) | {"engine_id": spec.engine_id}).decode()
-    return [sys.executable, str(COUNTING), "--config", config, "--socket", socket, "--heartbeat", "0.2"]
+    where = ["--tcp", socket.removeprefix("tcp://")] if socket.startswith("tcp://") else ["--socket", socket]
+    return [sys.executable, str(COUNTING), "--config", config, *where, "--heartbeat", "0.2"]
 
 
 def spec(engine_id: str = "e", **config: object) -> EngineSpec:
@@ -71,11 +83,7 @@ async def driver(options):
 
 
 def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    return identity(pid) != ""  # a process that only waits for its parent to look is not alive
 
 
 async def test_start_serve_stop(driver):
@@ -282,31 +290,174 @@ async def test_stop_during_the_pause(driver):
     assert driver.processes()[0].state is ProcessState.STOPPED
 
 
-async def test_engines_end_with_their_driver(options, tmp_path):
-    """When the process with the driver is killed by SIGKILL its engines end too."""
-    code = f"""
+GATEWAY = """
 import asyncio, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, sys.argv[1])
 from test_process_driver import *
 async def main():
-    driver = ProcessDriver(argv, ProcessOptions(run_dir=Path({str(options.run_dir)!r}), log_dir=Path({str(options.log_dir)!r})))
+    store = Store(Path(sys.argv[4])) if len(sys.argv) > 4 else None
+    driver = ProcessDriver(argv, ProcessOptions(run_dir=Path(sys.argv[2]), log_dir=Path(sys.argv[3]), orphan_grace_s=5), store=store)
     listener = Listener()
     await driver.start_engine(spec(), listener)
     print(listener.ready.get_nowait()[2], flush=True)
     await asyncio.sleep(60)
 asyncio.run(main())
 """
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)  # noqa: ASYNC220
-    pid = int(await asyncio.to_thread(parent.stdout.readline))
-    fd = os.pidfd_open(pid)
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    ended = asyncio.Event()
-    asyncio.get_running_loop().add_reader(fd, ended.set)
-    await asyncio.wait_for(ended.wait(), 20)
-    asyncio.get_running_loop().remove_reader(fd)
-    os.close(fd)
+
+
+@contextlib.contextmanager
+def gateway(options: ProcessOptions, *store: Path):
+    """A process with a driver and one engine; killed by SIGKILL at the end. Yields it and the engine's pid."""
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", GATEWAY, here, options.run_dir, options.log_dir, *store]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
+        try:
+            yield parent, int(parent.stdout.readline())
+        finally:
+            parent.kill()
+
+
+async def ended(pid: int) -> None:
+    """Wait until a process that is not our child has ended."""
+    await AdoptedProcess(pid, identity(pid)).wait(20)
+
+
+async def test_engines_end_with_their_driver(options):
+    """When the process with a driver without a store is killed by SIGKILL its engines end too."""
+    with gateway(options) as (_, pid):
+        assert alive(pid)
+    await ended(pid)
+
+
+async def test_orphans_are_adopted(options, tmp_path):
+    """After kill -9 of the gateway the next one finds its engine, serves by it, restarts it when it dies, and stops it."""
+    with gateway(options, tmp_path / "db") as (_, pid):
+        pass
+    assert alive(pid)
+    store = Store(tmp_path / "db")
+    driver, listener = ProcessDriver(argv, options, store=store), Listener()
+    assert [s.engine_id for s in await driver.adopt(listener)] == ["e"]
+    engine_id, client, announced = listener.ready.get_nowait()
+    assert (engine_id, announced, driver.processes()[0].state) == ("e", pid, ProcessState.READY)
+    assert await tokens(client) == [101, 102, 103, 104, 105]
+    assert store.processes()[0].owner == own_identity()
+    assert "building the engine" in driver.logs("e")[0]
+    os.kill(pid, signal.SIGKILL)
+    event = await listener.exits.get()
+    assert (event.pid, event.returncode) == (pid, None)
+    _, fresh, new_pid = await listener.ready.get()
+    assert len(await tokens(fresh)) == 5
+    await driver.close()
+    assert not alive(new_pid)
+    assert store.processes() == []
+    store.close()
+
+
+async def test_engines_of_a_living_gateway_are_left_alone(options, tmp_path):
+    """A second gateway on the same store does not touch the engines of the first, and cannot reserve what they hold."""
+    with gateway(options, tmp_path / "db") as (_, pid):
+        store = Store(tmp_path / "db")
+        driver = ProcessDriver(argv, options, store=store)
+        assert await driver.adopt(Listener()) == []
+        await driver.close()
+        assert alive(pid)
+    assert [s.engine_id for s in await driver.adopt(Listener())] == ["e"]
+    await driver.close()
+    await ended(pid)
+    store.close()
+
+
+async def test_orphan_that_nobody_adopts(options, tmp_path):
+    """An engine whose gateway was killed ends by itself when nobody takes it over within the grace time."""
+    quick = msgspec.structs.replace(options, orphan_grace_s=0.2)
+    store = Store(tmp_path / "db")
+    driver, listener = ProcessDriver(argv, quick, store=store), Listener()
+    client = await driver.start_engine(spec(), listener)
+    (engine,) = driver._engines.values()
+    engine.supervisor.cancel()
+    os.close(engine.parent_fd)  # as the kernel does when the gateway is killed
+    engine.parent_fd = None
+    await client.close()
+    assert await engine.child.wait(20) == 0
+    await driver.close()
+    store.close()
+
+
+async def test_orphan_that_does_not_answer_is_ended(options, tmp_path, monkeypatch):
+    """An orphan that is stuck is killed instead of adopted, and what it held is free again."""
+    monkeypatch.setattr("sagellm_control_plane.live.process_driver._ADOPT_WAIT_S", 0.3)
+    with gateway(options, tmp_path / "db") as (_, pid):
+        os.kill(pid, signal.SIGSTOP)
+    store = Store(tmp_path / "db")
+    store.reserve("gpu", "e", ["0"])
+    driver = ProcessDriver(argv, options, store=store)
+    assert await driver.adopt(Listener()) == []
+    assert not alive(pid)
+    assert (store.processes(), store.reservations()) == ([], [])
+    await driver.close()
+    store.close()
+
+
+async def test_dead_orphan_is_forgotten(options, tmp_path):
+    """A recorded process that is gone, or whose number belongs to somebody else now, is forgotten and never signalled."""
+    with gateway(options, tmp_path / "db") as (_, pid):
+        os.kill(pid, signal.SIGKILL)
+        await ended(pid)
+    store = Store(tmp_path / "db")
+    stale = store.processes() or [
+        ProcessRecord(engine_id="e", pid=0, identity="", address="", token="", started_at=0, owner="", spec=spec())
+    ]
+    store.put_process(msgspec.structs.replace(stale[0], pid=os.getpid(), identity=f"boot:{os.getpid()}:1", owner="x"))
+    driver = ProcessDriver(argv, options, store=store)
+    assert await driver.adopt(Listener()) == []
+    assert store.processes() == []
+    await driver.close()
+    store.close()
+
+
+async def test_engine_on_tcp(driver, options):
+    """An engine on TCP gets a reserved port and a token of its own; another client without the token is refused."""
+    listener = Listener()
+    tcp = msgspec.structs.replace(spec(), listen="tcp")
+    client = await driver.start_engine(tcp, listener)
+    assert await tokens(client) == [101, 102, 103, 104, 105]
+    (info,) = driver.processes()
+    assert info.address.startswith("tcp://127.0.0.1:89")
+    (reservation,) = driver._store.reservations()
+    assert reservation == ("port", info.address.rpartition(":")[2], "e")
+    stranger = WireEngineClient("e", info.address)
+    with pytest.raises(UnauthenticatedError):
+        await stranger.connect()
+    assert "SAGELLM_ENGINE_TOKEN" not in "".join(driver.logs("e"))
+    await driver.stop_engine("e")
+    assert driver._store.reservations() == []
+
+
+async def test_gpus_are_reserved(driver, monkeypatch):
+    """An engine sees the GPUs that were reserved for it and no others; too few is an error with the numbers."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    two = msgspec.structs.replace(spec("a"), gpus=2)
+    await driver.start_engine(two, Listener())
+    pid = driver.processes()[0].pid
+    with open(f"/proc/{pid}/environ", "rb") as file:  # noqa: ASYNC230, PTH123
+        assert b"CUDA_VISIBLE_DEVICES=3,5\0" in file.read()
+    with pytest.raises(ResourceExhaustedError, match="needs 2 of kind gpu, 1 of 3"):
+        await driver.start_engine(msgspec.structs.replace(two, engine_id="b"), Listener())
+    await driver.stop_engine("a")
+    await driver.start_engine(msgspec.structs.replace(two, engine_id="b"), Listener())
+
+
+def test_identity_of_processes():
+    """A process has one identity while it lives, and none afterwards."""
+    process = subprocess.Popen(["sleep", "60"])
+    mine = identity(process.pid)
+    assert mine == identity(process.pid)
+    assert is_alive(mine)
+    process.kill()
+    process.wait()
+    assert identity(process.pid) == ""
+    assert not is_alive(mine)
+    assert not is_alive("")
 
 
 def test_log_rotation(tmp_path):
