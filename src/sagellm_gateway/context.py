@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sagellm_gateway.store.database import Database
     from sagellm_gateway.store.keys import KeyStore
     from sagellm_gateway.store.responses import ResponseStore
+    from sagellm_gateway.store.sessions import SessionStore
 
 __all__ = ["ANONYMOUS", "Call", "Endpoint", "Gateway", "Principal"]
 
@@ -92,6 +93,13 @@ class Gateway:
         from sagellm_gateway.store.responses import ResponseStore
 
         return ResponseStore(self.database, self.config.response_limit, self.config.response_ttl_s)
+
+    @cached_property
+    def sessions(self) -> SessionStore:
+        """Conversations that the server remembers."""
+        from sagellm_gateway.store.sessions import SessionStore
+
+        return SessionStore(self.database, self.config.session_ttl_s)
 
     @cached_property
     def keys(self) -> KeyStore:

@@ -120,6 +120,7 @@ class ChatBody(SamplingFields, kw_only=True):
     modalities: list[str] | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
+    session_id: str | None = None
 
 
 KNOWN = frozenset(ChatBody.__struct_fields__)
@@ -407,6 +408,10 @@ class ChatResult:
             "usage": usage_json(self.usage),
             "system_fingerprint": None,
         }
+
+    def message(self, index: int) -> dict[str, Any]:
+        """Return the message of one choice."""
+        return self._message(self.choices[index])
 
     @staticmethod
     def _message(choice: _Choice) -> dict[str, Any]:

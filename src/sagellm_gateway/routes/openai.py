@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
+
+import msgspec
 
 from sagellm_gateway.context import Call
 from sagellm_gateway.dialects import openai_chat, openai_completions
 from sagellm_gateway.dialects.openai_common import Head, ignored_fields, wants_usage
+from sagellm_gateway.errors import HttpError
 from sagellm_gateway.jsonbody import convert
 from sagellm_gateway.routes.generation import echoed, extras, generate, merged, new_id, now
 from sagellm_gateway.streaming import guarded, stream
+from sagellm_protocol.generation import GenerationEnd
 
 __all__ = ["chat_completions", "completions"]
 
@@ -22,9 +27,14 @@ async def chat_completions(call: Call) -> None:
     call.ignore(ignored_fields(raw, openai_chat.KNOWN))
     wants = openai_chat.stream_wants_usage(body)
     head = Head(new_id("chatcmpl-"), now(), body.model)
+    asked = list(body.messages)
+    if body.session_id is not None:
+        body.messages = [*await _remembered(call, body.session_id), *asked]
     request = openai_chat.request_of(body, head.id, call.gateway.config.limits, **extras(call, body.model))
     call.scope["sagellm.model"] = request.model
     events = generate(call, request)
+    if body.session_id is not None:
+        events = _remembering(call, body.session_id, asked, request.n, events)
     logprobs = request.sampling.logprobs is not None
     if body.stream:
         await stream(call, events, openai_chat.ChatFrames(head, request.n, usage=wants, logprobs=logprobs))
@@ -34,6 +44,29 @@ async def chat_completions(call: Call) -> None:
         async for event in source:
             result.add(event)
     await call.json(result.body(head, logprobs=logprobs))
+
+
+async def _remembered(call: Call, session_id: str) -> list[openai_chat.MessageWire]:
+    session = await call.gateway.sessions.get(call.principal.key_id, session_id)
+    if session is None:
+        raise HttpError(
+            404, f"the session {session_id[:64]!r} does not exist", code="session_not_found", param="session_id"
+        )
+    return msgspec.convert(session.messages, list[openai_chat.MessageWire])
+
+
+async def _remembering(
+    call: Call, session_id: str, asked: list[openai_chat.MessageWire], n: int, events: AsyncGenerator[Any, None]
+) -> AsyncGenerator[Any, None]:
+    """Pass `events` on; what was asked and the first choice are in the session before the last event goes out."""
+    result = openai_chat.ChatResult(n)
+    async with contextlib.aclosing(events):
+        async for event in events:
+            result.add(event)
+            if type(event) is GenerationEnd:
+                turns = [{k: v for k, v in msgspec.to_builtins(m).items() if v is not None} for m in asked]
+                await call.gateway.sessions.append(call.principal.key_id, session_id, [*turns, result.message(0)])
+            yield event
 
 
 async def completions(call: Call) -> None:

@@ -7,7 +7,18 @@ from typing import Literal, NamedTuple
 from sagellm_gateway import metrics
 from sagellm_gateway.context import Handler
 from sagellm_gateway.errors import Shape, anthropic_body, bare_body, ollama_body, openai_body
-from sagellm_gateway.routes import anthropic, models, ollama, openai, operation, responses, tokens, vectors
+from sagellm_gateway.routes import (
+    anthropic,
+    management,
+    models,
+    ollama,
+    openai,
+    operation,
+    responses,
+    sessions,
+    tokens,
+    vectors,
+)
 
 __all__ = ["ALIASED", "ROUTES", "RouteSpec"]
 
@@ -59,6 +70,33 @@ ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("POST", "/tokenize", tokens.tokenize),
     RouteSpec("POST", "/detokenize", tokens.detokenize),
     RouteSpec("GET", "/tokenizer_info", tokens.tokenizer_info),
+    RouteSpec("GET", "/v1/management/engines", management.engines, "admin"),
+    RouteSpec("POST", "/v1/management/engines", management.start_engine, "admin"),
+    RouteSpec("POST", "/v1/management/engines/register", management.register, "admin"),
+    RouteSpec("POST", "/v1/management/engines/prune", management.prune, "admin"),
+    RouteSpec("GET", "/v1/management/engines/{engine}", management.engine, "admin"),
+    RouteSpec("DELETE", "/v1/management/engines/{engine}", management.stop_engine, "admin"),
+    RouteSpec("POST", "/v1/management/engines/{engine}/drain", management.drain_engine, "admin"),
+    RouteSpec("GET", "/v1/management/engines/{engine}/logs", management.engine_logs, "admin"),
+    RouteSpec("GET", "/v1/management/status", management.status, "admin"),
+    RouteSpec("GET", "/v1/management/backends", management.backends, "admin"),
+    RouteSpec("GET", "/v1/management/gpu", management.devices, "admin"),
+    RouteSpec("GET", "/v1/management/policy", management.get_policy, "admin"),
+    RouteSpec("PUT", "/v1/management/policy", management.set_policy, "admin"),
+    RouteSpec("POST", "/v1/management/policy", management.set_policy, "admin"),
+    RouteSpec("POST", "/v1/management/models/load", management.load_model, "admin"),
+    RouteSpec("POST", "/v1/management/models/unload", management.unload_model, "admin"),
+    RouteSpec("GET", "/v1/management/keys", management.keys, "admin"),
+    RouteSpec("POST", "/v1/management/keys", management.add_key, "admin"),
+    RouteSpec("DELETE", "/v1/management/keys/{key}", management.revoke_key, "admin"),
+    RouteSpec("GET", "/v1/management/usage", management.usage, "admin"),
+    RouteSpec("POST", "/sessions", sessions.create),
+    RouteSpec("GET", "/sessions", sessions.list_all),
+    RouteSpec("POST", "/sessions/cleanup", sessions.cleanup),
+    RouteSpec("GET", "/sessions/{session}", sessions.get),
+    RouteSpec("DELETE", "/sessions/{session}", sessions.delete),
+    RouteSpec("POST", "/sessions/{session}/clear", sessions.clear),
+    RouteSpec("PATCH", "/sessions/{session}/title", sessions.rename),
     RouteSpec("GET", "/metrics", metrics.metrics, "metrics", bare_body),
     RouteSpec("GET", "/live", operation.live, "open", bare_body),
     RouteSpec("GET", "/health", operation.health, "open", bare_body),
