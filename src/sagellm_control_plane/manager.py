@@ -51,6 +51,7 @@ class ControlPlaneManager:
         mode: ``http`` also takes engines by address; ``local`` only those in this process or started by `driver`.
         auto_restart: whether engines that we started are started again when they die.
         max_restart_attempts: starts in a row that may fail before an engine is given up.
+        restart_policy: both of these and the pauses between starts, in place of them.
         health_check_interval: seconds between probes.
         config: everything else; the names above stand over it.
         driver: starts and stops engines; None if none are to be started from here.
@@ -71,6 +72,7 @@ class ControlPlaneManager:
         *,
         auto_restart: bool = True,
         max_restart_attempts: int = 5,
+        restart_policy: RestartPolicy | None = None,
         health_check_interval: float | None = None,
         config: CoreConfig | None = None,
         driver: LifecycleDriver | None = None,
@@ -96,7 +98,7 @@ class ControlPlaneManager:
             driver=driver,
             catalog=catalog,
             client_factory=client_factory or foreign_engine,
-            restart=RestartPolicy(enabled=auto_restart, max_attempts=max_restart_attempts),
+            restart=restart_policy or RestartPolicy(enabled=auto_restart, max_attempts=max_restart_attempts),
         )
         self._driver = driver
         self._requests = RequestTable()
