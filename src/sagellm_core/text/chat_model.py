@@ -12,9 +12,10 @@ import msgspec
 from sagellm_core.text.builtin_templates import builtin_template
 from sagellm_core.text.decoder import ChoiceDecoder, spell_logprobs
 from sagellm_core.text.tokenizer import TextTokenizer
+from sagellm_protocol.embedding import EmbeddingRequest, EmbedRequest, ScoreRequest
 from sagellm_protocol.engine import EngineRequest
 from sagellm_protocol.errors import ContextLengthError, InvalidArgumentError, UnsupportedError
-from sagellm_protocol.generation import GenerationRequest, TokenLogprob
+from sagellm_protocol.generation import ChatMessage, GenerationRequest, TokenLogprob
 from sagellm_protocol.ports import PreparedRequest, TextDecoder
 from sagellm_protocol.sampling import SamplingParams
 
@@ -82,6 +83,35 @@ class TextChatModel:
         )
         return Prepared(request, requests)
 
+    def prepare_embedding(self, request: EmbeddingRequest) -> EmbedRequest:
+        """Tokenise texts to embed (`EmbeddingModel`).
+
+        Raises:
+            InvalidArgumentError: no input, an empty one, a token id out of the vocabulary.
+            ContextLengthError: an input does not fit and `truncate` is off; the message has both numbers.
+        """
+        from sagellm_core.text.embedding import prepare_embedding
+
+        return prepare_embedding(request, self.tokenizer, self.context_length)
+
+    def prepare_score(self, request: ScoreRequest) -> EmbedRequest:
+        """Pair a query with documents (`EmbeddingModel`).
+
+        Raises:
+            InvalidArgumentError: the query or a document is empty, or there is none.
+            ContextLengthError: a pair does not fit and `truncate` is off.
+            UnsupportedError: the model cannot score.
+        """
+        from sagellm_core.text.embedding import prepare_score
+
+        def render(messages: tuple[ChatMessage, ...]) -> list[int]:
+            asked = GenerationRequest(
+                request_id=request.request_id, model=self.model_id, messages=messages, reasoning=self._no_thinking()
+            )
+            return self._template_ids(asked)
+
+        return prepare_score(request, self.tokenizer, self.context_length, render)
+
     def decoder(self, prepared: PreparedRequest, index: int) -> TextDecoder:
         """Return a fresh decoder for choice `index`."""
         sampling = prepared.source.sampling
@@ -137,6 +167,10 @@ class TextChatModel:
         if not ids:
             raise InvalidArgumentError("the chat template makes nothing of these messages", param="messages")
         return ids
+
+    def _no_thinking(self) -> bool | None:
+        """False where the template has a switch for it: an answer is wanted at once."""
+        return False if self._template(False).has_thinking_switch else None
 
     def _template(self, tools: bool) -> ChatTemplate:
         info = self.tokenizer.info

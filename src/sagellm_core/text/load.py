@@ -10,6 +10,7 @@ from sagellm_core.models.views import Config
 from sagellm_core.text.cache import cached_tokenizer
 from sagellm_core.text.chat_model import TextChatModel
 from sagellm_core.text.defaults import file_defaults, metadata_defaults
+from sagellm_core.text.embedding import encoder_limit
 from sagellm_core.text.from_gguf import convert_gguf
 from sagellm_core.text.from_json import convert_directory, source_files
 from sagellm_core.text.tokenizer import TextTokenizer, TokenizerInfo
@@ -77,7 +78,9 @@ def _load_gguf(path: Path, cache_dir: Path | None) -> _Loaded:
 def _load_directory(directory: Path, cache_dir: Path | None) -> _Loaded:
     values = load_json(directory / "config.json")
     config = Config(values)
-    length = (config.table("text_config") or config).integer("max_position_embeddings")
+    length = encoder_limit(directory, values)
+    if length is None:
+        length = (config.table("text_config") or config).integer("max_position_embeddings")
     content = [path.name.encode() + b"\0" + path.read_bytes() for path in source_files(directory)]
     found = cached_tokenizer(content, lambda: convert_directory(directory), cache_dir)
     return _tokenizer(*found), length, file_defaults(directory)
