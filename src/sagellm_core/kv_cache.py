@@ -264,6 +264,28 @@ class KVCache:
         if before < seq.n_prompt <= seq.computed and seq.n_prompt % size:
             self._publish_tail(seq)
 
+    def resident(self, names: Sequence[bytes]) -> list[int]:
+        """Return the blocks that hold the first of these names, up to the first that is not in memory."""
+        found: list[int] = []
+        for name in names:
+            block = self._by_name.get(name)
+            if block is None:
+                break
+            found.append(block.number)
+        return found
+
+    def insert(self, name: bytes, parent: bytes, token_ids: tuple[int, ...]) -> int | None:
+        """Return a block that becomes cached under `name`, for the caller to fill at once; None if there is no room.
+
+        The name must not be there yet (`resident`). No step may run before the block is filled.
+        """
+        if not self.caching or not self.n_available:
+            return None
+        block = self._take()
+        self._register(block, name, parent, token_ids)
+        self._drop(block)
+        return block.number
+
     def forget(self) -> int:
         """Drop everything that is cached; return how many blocks that freed."""
         dropped = 0
