@@ -13,16 +13,21 @@ from sagellm.cli import engine_flags as flags
 from sagellm.cli.common import human_bytes, single
 from sagellm_protocol.errors import InvalidArgumentError
 
+# A small model that is told what it is answers in the language that it is asked in.
+DEFAULT_SYSTEM = "You are a helpful AI assistant."
+
 
 def run(
     model: Annotated[str, typer.Argument(help="A name (smollm2:135m) or a path (./model.gguf).")] = "",
     prompt: Annotated[str | None, typer.Argument(help="What to ask; without it, standard input is read.")] = None,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy.")] = 0.3,
-    top_p: Annotated[float, typer.Option(help="Share of the probability to draw from.")] = 0.9,
+    system: Annotated[str, typer.Option(help="System message; empty for the template's own.")] = DEFAULT_SYSTEM,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, max=2.0, help="0 is greedy [what the model's makers recommend].")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Share of the probability to draw from.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from that many most likely tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Report times, rates and memory at the end.")
     ] = False,

