@@ -5,6 +5,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
+#include <chrono>
 #include <limits>
 #include <stdexcept>
 
@@ -231,6 +233,43 @@ class PyModel {
   Model model_;
 };
 
+// Seconds for every thread to run `work(thread)`, the best of `repeats`.
+template <class F>
+double best_seconds(ThreadPool& pool, int repeats, F&& work) {
+  double best = std::numeric_limits<double>::infinity();
+  for (int i = 0; i < repeats; i++) {
+    const auto start = std::chrono::steady_clock::now();
+    pool.run(work);
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return best;
+}
+
+// Bytes a second that `threads` threads read from memory; `bytes` should be far beyond the caches.
+double read_bandwidth(const std::string& isa, int threads, size_t bytes, int repeats) {
+  nb::gil_scoped_release release;
+  const Kernels& kernel = kernels_of(isa);
+  ThreadPool pool(threads > 0 ? threads : allowed_threads());
+  const size_t share = bytes / pool.size() / 4096 * 4096;
+  Memory memory(share * pool.size() + 8192);
+  std::memset(memory.as<uint8_t>(), 1, memory.bytes());
+  std::atomic<uint32_t> sink{0};
+  const double s = best_seconds(pool, repeats, [&](int t) { sink += kernel.read_stream(memory.as<uint8_t>() + t * share, share); });
+  return static_cast<double>(share) * pool.size() / s;
+}
+
+// Operations (2 a multiply-add) a second of the dot instruction for "int8" or "bf16".
+double dot_peak(const std::string& isa, const std::string& kind, int threads, int repeats) {
+  nb::gil_scoped_release release;
+  const Kernels& kernel = kernels_of(isa);
+  ThreadPool pool(threads > 0 ? threads : allowed_threads());
+  constexpr int64_t kRounds = 1 << 20;
+  std::atomic<float> sink{0};
+  const bool bf16 = kind == "bf16";
+  const double s = best_seconds(pool, repeats, [&](int) { sink = bf16 ? kernel.dot_bf16_loop(kRounds) : kernel.dot_int8_loop(kRounds); });
+  return 2.0 * (bf16 ? 32 : 64) * 12 * kRounds * pool.size() / s;
+}
+
 // One kernel beside its twin, for tests.
 class Probe {
  public:
@@ -373,6 +412,8 @@ NB_MODULE(_native, m) {
   m.def("panel_bytes", [](const std::string& format, int k) { return panel_bytes(weight_format_of(format), k); });
   m.def("kv_head_bytes", [](const std::string& kv, int head_dim) { return kv_head_bytes(kv_format_of(kv), head_dim); });
   m.def("stream_word", stream_word);
+  m.def("read_bandwidth", read_bandwidth, "isa"_a, "threads"_a, "nbytes"_a, "repeats"_a);
+  m.def("dot_peak", dot_peak, "isa"_a, "kind"_a, "threads"_a, "repeats"_a);
   m.attr("PANEL") = kPanel;
 
   nb::class_<PyModel>(m, "Model")

@@ -113,6 +113,11 @@ struct Kernels {
   void (*write_kv)(KvFormat format, const float* k, const float* v, int n, int slot, uint8_t* k_block, uint8_t* v_block);
 
   void (*attention)(KvFormat format, const AttentionTile& tile);
+
+  // Speed limits, see limits.inl.
+  uint32_t (*read_stream)(const uint8_t* p, size_t n);
+  float (*dot_int8_loop)(int64_t rounds);
+  float (*dot_bf16_loop)(int64_t rounds);
 };
 
 // Bytes of K (or V) of one head in one block.

@@ -13,9 +13,14 @@ namespace sage::SAGE_ISA {
 
 #include "attention.inl"
 
+alignas(64) const uint8_t kLoopData[64] = {1, 63, 2, 63, 3, 63, 4, 63};
+
+#include "limits.inl"
+
 const Kernels& table(const char* name) {
   static const Kernels kernels{name,   gemm,            prepare, rms_norm, activate, softcap, sum_exp,
-                               argmax, integer_weights, rope,    write_kv, attention};
+                               argmax, integer_weights, rope,    write_kv, attention, read_stream, dot_int8_loop,
+                               dot_bf16_loop};
   return kernels;
 }
 

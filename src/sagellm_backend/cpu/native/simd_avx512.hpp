@@ -34,6 +34,7 @@ inline vi addi(vi a, vi b) { return _mm512_add_epi32(a, b); }
 inline float hsum(vf a) { return _mm512_reduce_add_ps(a); }
 inline float hmax(vf a) { return _mm512_reduce_max_ps(a); }
 inline int32_t hsumi(vi a) { return _mm512_reduce_add_epi32(a); }
+inline vi load_i32(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline vf load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline vf load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));

@@ -61,6 +61,7 @@ inline int32_t hsumi(vi x) {
   for (int i = 0; i < 16; i++) s += x.v[i];
   return s;
 }
+inline vi load_i32(const int32_t* p) { SAGE_LANES(vi, p[i]); }
 inline vf load_half(const uint16_t* p) { SAGE_LANES(vf, half_to_float(p[i])); }
 inline vf load_bf16(const uint16_t* p) { SAGE_LANES(vf, bf16_to_float(p[i])); }
 inline void store_i8(int8_t* p, vi x) {
