@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from sagellm_backend.spec import DecoderSpec
 from sagellm_backend.tensors import Weights
+from sagellm_protocol.errors import SageError
 from sagellm_protocol.sampling import SamplingParams
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "MemoryInfo",
     "RowSampling",
     "Runner",
+    "SequenceFailure",
     "StepBatch",
     "StepResult",
 ]
@@ -142,6 +144,20 @@ class StepResult:
     hidden: Float32 | None = None
 
 
+class SequenceFailure(Exception):
+    """Raised by `Runner.step` when one sequence of the batch cannot go on although the others can.
+
+    Attributes:
+        index: which sequence of the batch.
+        error: why, for the client.
+    """
+
+    def __init__(self, index: int, error: SageError) -> None:
+        super().__init__(f"sequence {index}: {error.message}")
+        self.index = index
+        self.error = error
+
+
 @runtime_checkable
 class KVSpace(Protocol):
     """The device's KV cache, by block number 0 … n_blocks - 1."""
@@ -196,6 +212,9 @@ class Runner(Protocol):
         """Run one forward pass, write the rows' KV, draw the wanted tokens. Releases the GIL where it computes.
 
         A row's result is a function of its own sequence only, never of the other rows.
+
+        Raises:
+            SequenceFailure: one sequence cannot go on; the engine fails it alone and runs the others again.
         """
         ...
 

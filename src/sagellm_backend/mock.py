@@ -15,15 +15,24 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sagellm_backend.base import BLOCK_SIZE, Capability, LoadOptions, MemoryInfo, StepBatch, StepResult
+from sagellm_backend.base import (
+    BLOCK_SIZE,
+    Capability,
+    LoadOptions,
+    MemoryInfo,
+    RowSampling,
+    SequenceFailure,
+    StepBatch,
+    StepResult,
+)
 from sagellm_backend.checks import check_batch
 from sagellm_backend.host import host_memory
 from sagellm_backend.sampling import sample_rows
 from sagellm_backend.spec import DecoderSpec, RopeSpec
 from sagellm_backend.tensors import Weights
-from sagellm_protocol.errors import UnsupportedError
+from sagellm_protocol.errors import EngineDiedError, SageError, UnsupportedError
 
-__all__ = ["BYTE_VOCAB", "Latency", "MockBackend", "MockRunner", "NextToken", "WordSalad", "mock_spec"]
+__all__ = ["BYTE_VOCAB", "Latency", "MockBackend", "MockRunner", "Next", "NextToken", "WordSalad", "mock_spec"]
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -31,9 +40,6 @@ Float32 = npt.NDArray[np.float32]
 BYTE_VOCAB = 260
 """256 bytes, then bos, eos, im_start, im_end."""
 EOS, IM_START, IM_END = 257, 258, 259
-
-_FAVOUR = 14.0
-"""Logit of the favourite; the one after it has 1 less, and so on; all others lie in [-2, 2]."""
 
 _VOCABULARY = (
     "the a one each some light stone river window answer morning garden number letter engine silver paper circle market "
@@ -77,11 +83,30 @@ class Latency:
         return self.base + self.prefill_row * chunks + self.sequence * lengths.size
 
 
-class NextToken(Protocol):
-    """What the simulated model would say next: a pure function of the tokens so far."""
+@dataclass(frozen=True, slots=True)
+class Next:
+    """What the simulated model would say next.
 
-    def __call__(self, tokens: Int32, n_output: int, /) -> Sequence[int]:
-        """Return the most likely ids after `tokens`, best first; `n_output` of `tokens` were drawn, the rest is prompt."""
+    Attributes:
+        ids: best first: the first has the logit `favour`, each further one 1 less, all others lie in [-2, 2].
+        favour: see `ids`.
+        seconds: that it takes to say it.
+    """
+
+    ids: Sequence[int]
+    favour: float = 14.0
+    seconds: float = 0.0
+
+
+class NextToken(Protocol):
+    """The simulated model: a pure function of the tokens so far."""
+
+    def __call__(self, tokens: Int32, row: RowSampling, /) -> Next:
+        """Return what comes after `tokens`, of which the last ``row.position`` were drawn.
+
+        Raises:
+            SageError: this sequence (or, with EngineDiedError, the device) fails here.
+        """
         ...
 
 
@@ -94,10 +119,10 @@ class WordSalad:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
 
-    def __call__(self, tokens: Int32, n_output: int, /) -> Sequence[int]:
+    def __call__(self, tokens: Int32, row: RowSampling, /) -> Next:
         """Return the next byte of a word, a space, a full stop, or the end after some sentences."""
         if self._vocab_size != BYTE_VOCAB:
-            return (zlib.crc32(tokens.tobytes()) % self._vocab_size,)
+            return Next((zlib.crc32(tokens.tobytes()) % self._vocab_size,))
         text = tokens[-32:]
         breaks = np.flatnonzero((text <= 32) | (text > 255))
         fragment = text[breaks[-1] + 1 :] if breaks.size else text
@@ -105,10 +130,11 @@ class WordSalad:
         spelled = bytes(fragment.astype(np.uint8))
         if not spelled:
             picks = (_WORDS[(before >> shift) % len(_WORDS)][0] for shift in (0, 7, 14, 21))
-            return tuple(dict.fromkeys(map(ord, picks)))
-        if spelled.endswith(b".") and before % 3 == 0 and n_output:
-            return (IM_END if IM_START in tokens else EOS,)
-        return (_spell(spelled.decode("latin-1"), before),)
+            return Next(tuple(dict.fromkeys(map(ord, picks))))
+        first = row.target < 0 and row.position == 0  # a reply does not begin with its end
+        if spelled.endswith(b".") and before % 3 == 0 and not first:
+            return Next((IM_END if IM_START in tokens else EOS,))
+        return Next((_spell(spelled.decode("latin-1"), before),))
 
 
 def _spell(spelled: str, before: int) -> int:
@@ -151,19 +177,20 @@ class MockRunner:
     def step(self, batch: StepBatch) -> StepResult:
         """Write the rows' ids to their blocks, then draw from logits that depend on what the blocks hold."""
         check_batch(batch, self._spec, self._options)
-        delay = self._latency.of(batch.lengths)
-        if delay > 0.0:
-            time.sleep(delay)
+        seconds = self._latency.of(batch.lengths)
         positions = batch.positions
         owners = np.repeat(np.arange(batch.lengths.size), batch.lengths)
         self._kv.write(batch.block_tables[owners, positions // BLOCK_SIZE], positions % BLOCK_SIZE, batch.token_ids)
-        seen = [
-            self._kv.read(batch.block_tables[owners[row]], int(positions[row]) + 1) for row in batch.logit_rows.tolist()
-        ]
+        wanted = batch.logit_rows.tolist()
+        seen = [self._kv.read(batch.block_tables[owners[row]], int(positions[row]) + 1) for row in wanted]
+        if not batch.sampling:  # hidden states only
+            time.sleep(seconds)
+            return StepResult(np.empty(0, np.int32), np.empty(0, np.float32), hidden=self._hidden(seen))
         logits = np.empty((len(seen), self._spec.vocab_size), np.float32)
-        for index, tokens in enumerate(seen):
-            how = batch.sampling[index] if batch.sampling else None
-            self._fill_logits(logits[index], tokens, how.position if how is not None and how.target < 0 else 1)
+        for index, (tokens, how) in enumerate(zip(seen, batch.sampling, strict=True)):
+            seconds = max(seconds, self._fill_logits(logits[index], tokens, how, int(owners[wanted[index]])))
+        if seconds > 0.0:
+            time.sleep(seconds)
         ids, logprobs, top_ids, top_logprobs = sample_rows(logits, batch.sampling)
         return StepResult(
             token_ids=ids,
@@ -177,11 +204,19 @@ class MockRunner:
     def close(self) -> None:
         """Nothing to free."""
 
-    def _fill_logits(self, out: Float32, tokens: Int32, n_output: int) -> None:
+    def _fill_logits(self, out: Float32, tokens: Int32, how: RowSampling, owner: int) -> float:
+        """Write the logits after `tokens`, which belong to sequence `owner`; return the seconds that saying it takes."""
         digest = zlib.crc32(tokens.tobytes())
         out[:] = self._noise[(self._ids * 2654435761 + digest) % self._noise.size]
-        for rank, token_id in enumerate(self._next_token(tokens, n_output)):
-            out[token_id] = _FAVOUR - rank
+        try:
+            said = self._next_token(tokens, how)
+        except EngineDiedError:
+            raise
+        except SageError as error:
+            raise SequenceFailure(owner, error) from error
+        for rank, token_id in enumerate(said.ids):
+            out[token_id] = said.favour - rank
+        return said.seconds
 
     def _hidden(self, seen: Sequence[Int32]) -> Float32:
         rows = [

@@ -89,6 +89,7 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = monotonic
 
 def _backend(config: EngineConfig) -> Backend:
     from sagellm_backend.mock import Latency, MockBackend
+    from sagellm_backend.mock_script import ScriptedTokens, load_script
 
     if config.is_mock and config.backend not in ("auto", "mock"):
         raise InvalidArgumentError(
@@ -102,7 +103,8 @@ def _backend(config: EngineConfig) -> Backend:
                 base=mock.base_ms * mock.scale / 1e3,
                 prefill_row=mock.prefill_us * mock.scale / 1e6,
                 sequence=mock.sequence_us * mock.scale / 1e6,
-            )
+            ),
+            ScriptedTokens(load_script(mock.script)) if mock.script is not None else None,
         )
     from sagellm_backend.auto import pick
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
-from sagellm_backend.base import BLOCK_SIZE, Runner, StepBatch, StepResult
+from sagellm_backend.base import BLOCK_SIZE, Runner, SequenceFailure, StepBatch, StepResult
 from sagellm_core.batch import Draw, build_batch, read_result
 from sagellm_core.kv_cache import KVCache
 from sagellm_core.metrics import EngineMetrics, rss_bytes
+from sagellm_core.pooling import Pooler
 from sagellm_core.request import GrammarCompiler, Phase, SequenceState
 from sagellm_core.scheduler import Schedule, Scheduler, SchedulerLimits, Work
 from sagellm_core.speculation import Speculator
 from sagellm_core.spill import DiskTier
 from sagellm_core.validate import check_request
+from sagellm_protocol.embedding import EmbedRequest, EmbedResult
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
 from sagellm_protocol.errors import (
     DeadlineExceededError,
@@ -105,6 +107,14 @@ class Engine:
         )
         limits = SchedulerLimits(settings.max_rows, settings.max_logit_rows, settings.max_running)
         self._scheduler = Scheduler(self._kv, limits)
+        self._pooler = Pooler(
+            runner,
+            self._kv,
+            n_ctx=settings.n_ctx,
+            max_rows=settings.max_rows,
+            max_logit_rows=settings.max_logit_rows,
+            clock=clock,
+        )
         self._sequences: dict[str, SequenceState] = {}
         self._compiling: list[SequenceState] = []
         self._outbox: list[TokenDelta] = []
@@ -116,7 +126,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do or to say."""
-        return bool(self._sequences or self._outbox)
+        return bool(self._sequences or self._outbox or self._pooler.has_work)
 
     @property
     def stalled(self) -> bool:
@@ -161,6 +171,23 @@ class Engine:
             self._compiling.append(seq)
         self._scheduler.add(seq)
 
+    def embed(self, request: EmbedRequest, done: Callable[[EmbedResult | SageError], None]) -> None:
+        """Queue an embedding or scoring request; `done` is called from a later `step`, with its result or its error.
+
+        Raises:
+            InvalidArgumentError: a token id out of the vocabulary, too many dimensions.
+            ContextLengthError: an input does not fit.
+            UnsupportedError: a decoder cannot do this task.
+            ResourceExhaustedError: the queue is full.
+            UnavailableError: the engine is draining or dead.
+        """
+        self._check_open()
+        self._pooler.add(request, done)
+
+    def abort_embed(self, request_id: str) -> bool:
+        """Drop an embedding request; its `done` is not called. False if unknown."""
+        return self._pooler.abort(request_id)
+
     def abort(self, request_id: str) -> bool:
         """Let go of a sequence and its blocks, wherever it stands; its last delta says ``cancelled``. False if unknown."""
         seq = self._sequences.get(request_id)
@@ -177,6 +204,7 @@ class Engine:
         schedule = self._schedule()
         for work, draws in self._run(schedule):
             self._update(work, draws)
+        self._pool()
         return self._emit()
 
     def drain(self) -> None:
@@ -186,6 +214,7 @@ class Engine:
     def close(self) -> None:
         """Give the device back. Idempotent."""
         self._fail_all(UnavailableError("the engine was closed"))
+        self._pooler.fail_all(UnavailableError("the engine was closed"))
         if self._speculator is not None:
             self._speculator.close()
         if self._spill is not None:
@@ -221,8 +250,8 @@ class Engine:
         metrics, kv, spill = self.metrics, self._kv, self._spill
         return EngineStatus(
             engine_id=self.settings.engine_id,
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
+            running=len(self._scheduler.running) + self._pooler.n_running,
+            waiting=len(self._scheduler.waiting) + self._pooler.n_waiting,
             blocks_total=kv.n_blocks,
             blocks_used=kv.n_used,
             blocks_cached=kv.n_cached,
@@ -258,13 +287,35 @@ class Engine:
         """Drop all cached blocks; return how many."""
         return self._kv.forget()
 
+    def copy_out(self, names: Sequence[bytes]) -> bytes:
+        """Return the content of the cached blocks of these names, up to the first that is not in memory."""
+        blocks = self._kv.resident(names)
+        return self._runner.kv.export_blocks(blocks) if blocks else b""
+
+    def copy_in(self, blocks: Sequence[tuple[bytes, bytes, tuple[int, ...]]], data: bytes) -> tuple[int, int]:
+        """Keep blocks (name, parent's name, token ids) with this content as cached; return how many are new and how many were here.
+
+        Stops where there is no room.
+        """
+        size, stored, present = self._runner.kv.block_bytes, 0, 0
+        for index, (name, parent, token_ids) in enumerate(blocks):
+            if self._kv.resident([name]):
+                present += 1
+                continue
+            number = self._kv.insert(name, parent, token_ids)
+            if number is None:
+                break
+            self._runner.kv.import_blocks([number], data[index * size : (index + 1) * size])
+            stored += 1
+        return stored, present
+
     def check_integrity(self) -> None:
         """Check that every block is accounted for: free + cached + used = total.
 
         Raises:
             AssertionError: an invariant is broken; the message names it.
         """
-        self._kv.check_integrity(self._scheduler.running)
+        self._kv.check_integrity([*self._scheduler.running, *self._pooler.holders])
         assert len(self._sequences) == len(self._scheduler.running) + len(self._scheduler.waiting), "a lost sequence"
 
     # ------------------------------------------------------- the parts of step
@@ -292,20 +343,26 @@ class Engine:
 
     def _run(self, schedule: Schedule) -> Iterator[tuple[Work, list[Draw]]]:
         works = list(schedule.work.values())
-        if not works:
-            return iter(())
         if self._speculator is not None:
             self._speculator.propose([work for work in works if work.n_draft])
         started = self._clock()
-        try:
+        while works:
             batch = build_batch(works)
-            result = self._forward(batch)
-        except Exception as error:  # noqa: BLE001  the border to the device: whatever it raises must reach the requests
-            self._on_failure(works, error)
-            return iter(())
-        self._failures = 0
-        self.metrics.on_step(batch.token_ids.size, self._clock() - started)
-        return read_result(works, batch, result)
+            try:
+                result = self._forward(batch)
+            except SequenceFailure as failure:
+                if works[failure.index].draft:
+                    works[failure.index].draft.clear()  # it may have been a guess that failed
+                else:
+                    self._fail(works.pop(failure.index).seq, failure.error)
+            except Exception as error:  # noqa: BLE001  the border to the device: whatever it raises must reach the requests
+                self._on_failure(works, error)
+                break
+            else:
+                self._failures = 0
+                self.metrics.on_step(batch.token_ids.size, self._clock() - started)
+                return read_result(works, batch, result)
+        return iter(())
 
     def _forward(self, batch: StepBatch) -> StepResult:
         if self._speculator is not None:
@@ -338,6 +395,21 @@ class Engine:
         self._advance(work, gained)
         if drawn:
             self._speak(seq, gained, reason, stop_id)
+
+    def _pool(self) -> None:
+        """Run a chunk of the inputs that are to be embedded, beside generation."""
+        if not self._pooler.has_work:
+            return
+        started = self._clock()
+        try:
+            n_rows = self._pooler.step()
+        except Exception as error:  # noqa: BLE001  the border to the device, as in `_run`
+            self._pooler.fail_all(_wire_error(error))
+            self._on_failure([], error)
+            return
+        self._failures = 0
+        self.metrics.prompt_tokens += n_rows
+        self.metrics.on_step(n_rows, self._clock() - started)
 
     def _emit(self) -> list[TokenDelta]:
         out, self._outbox = self._outbox, []
@@ -415,13 +487,14 @@ class Engine:
     def _on_failure(self, works: list[Work], error: Exception) -> None:
         """Fail the sequences of the step; after several such steps in a row the engine is dead, and says so."""
         self._failures += 1
-        wire = error if isinstance(error, SageError) else InternalError(f"a step of the device failed: {_name(error)}")
         for work in works:
-            self._fail(work.seq, wire)
+            self._fail(work.seq, _wire_error(error))
         self._kv.forget()  # what a failed step has written is not known
         if self._failures >= self.settings.max_failures or isinstance(error, EngineDiedError):
-            self.died = EngineDiedError(f"the device failed {self._failures} steps in a row, last: {_name(error)}")
+            last = error.message if isinstance(error, SageError) else _name(error)
+            self.died = EngineDiedError(f"the device failed {self._failures} steps in a row, last: {last}")
             self._fail_all(self.died)
+            self._pooler.fail_all(self.died)
 
     def _check_open(self) -> None:
         if self.died is not None:
@@ -448,6 +521,10 @@ def _with_prompt(delta: TokenDelta, seq: SequenceState) -> TokenDelta:
     return msgspec.structs.replace(
         delta, prompt_tokens=seq.n_prompt, cached_tokens=seq.cached_tokens, prompt_logprobs=scores
     )
+
+
+def _wire_error(error: Exception) -> SageError:
+    return error if isinstance(error, SageError) else InternalError(f"a step of the device failed: {_name(error)}")
 
 
 def _name(error: Exception) -> str:

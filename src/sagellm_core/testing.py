@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sagellm_backend.base import LoadOptions
 from sagellm_backend.mock import Latency, MockBackend, NextToken, mock_spec
+from sagellm_backend.mock_script import Script, ScriptedTokens, ScriptRule, ScriptStep, ScriptTool, load_script
 from sagellm_backend.tensors import EMPTY
 from sagellm_core.engine import Engine, EngineSettings
 from sagellm_core.request import GrammarCompiler
@@ -16,7 +17,17 @@ from sagellm_core.spill import DiskTier
 from sagellm_protocol.engine import EngineRequest, TokenDelta
 from sagellm_protocol.errors import SageError
 
-__all__ = ["Collected", "collect", "mock_engine", "run_alone"]
+__all__ = [
+    "Collected",
+    "Script",
+    "ScriptRule",
+    "ScriptStep",
+    "ScriptTool",
+    "collect",
+    "load_script",
+    "mock_engine",
+    "run_alone",
+]
 
 
 def mock_engine(
@@ -30,6 +41,7 @@ def mock_engine(
     prefix_caching: bool = True,
     latency: Latency | None = None,
     next_token: NextToken | None = None,
+    script: Script | None = None,
     clock: Callable[[], float] = time.monotonic,
     grammars: GrammarCompiler | None = None,
     speculator: Speculator | None = None,
@@ -37,7 +49,12 @@ def mock_engine(
     spill_blocks: int = 64,
     engine_id: str = "mock",
 ) -> Engine:
-    """Return an engine over the simulated device, at full speed unless `latency` is given; `next_token` is what it says."""
+    """Return an engine over the simulated device, at full speed unless `latency` is given.
+
+    What it says is common words, `next_token`, or a `script` (see `sagellm_backend.mock_script`).
+    """
+    if script is not None:
+        next_token = ScriptedTokens(script, next_token)
     options = LoadOptions(n_blocks=n_blocks, max_rows=max_rows, max_logit_rows=max_logit_rows)
     runner = MockBackend(latency, next_token).load(mock_spec(n_ctx), EMPTY, options)
     spill = None if spill_dir is None else DiskTier(runner.kv, spill_dir, spill_blocks * runner.kv.block_bytes)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sagellm_backend.mock import Latency, MockRunner
+from sagellm_backend.mock import Latency, MockRunner, Next
 from sagellm_core.speculation import NgramSpeculator
 from sagellm_core.testing import collect, mock_engine, run_alone
 from sagellm_protocol.engine import EngineRequest
@@ -66,7 +66,7 @@ def test_an_end_token_stops_and_is_not_part_of_the_output():
 
 
 def test_a_stop_id_ends_the_output_before_itself():
-    """stop_token_ids work like eos and also with ignore_eos."""
+    """Stop ids work like eos and also with ignore_eos."""
     out = one(request(stop_token_ids=(ord("e"),), ignore_eos=True, max_tokens=200))
     assert out.deltas[-1].stop_token_id == ord("e")
     assert out.text == run_alone(request(ignore_eos=True, max_tokens=200)).text.split("e")[0]
@@ -100,7 +100,7 @@ def test_the_seed_and_nothing_else_decides_sampled_tokens():
 
 
 def test_a_continuation_on_another_engine_draws_what_the_first_would_have_drawn():
-    """emitted_token_ids are not emitted again and the stream of draws goes on after them."""
+    """Emitted tokens are not emitted again and the stream of draws goes on after them."""
     whole = one(request(temperature=1.5, max_tokens=40, ignore_eos=True)).token_ids
     rest = one(request(temperature=1.5, max_tokens=40, ignore_eos=True, emitted=whole[:17]))
     assert rest.token_ids == whole[17:]
@@ -219,7 +219,7 @@ def test_an_abort_frees_queued_prefilling_and_decoding_sequences_within_the_step
 
 
 def test_a_deadline_ends_a_waiting_and_a_running_sequence():
-    """deadline_s counts from submission; what was emitted before stays emitted."""
+    """The deadline counts from submission; what was emitted before stays emitted."""
     now = [0.0]
     engine = mock_engine(clock=lambda: now[0], max_running=1)
     engine.add(request("running", deadline_s=10.0, max_tokens=1000, ignore_eos=True))
@@ -272,7 +272,7 @@ def test_a_sequence_that_would_not_fit_the_cache_is_refused_with_both_numbers():
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back():
-    """max_waiting bounds the queue."""
+    """The limit max_waiting bounds the queue."""
     engine = mock_engine(max_waiting=2)
     engine.add(request("a"))
     engine.add(request("b"))
@@ -290,7 +290,7 @@ def test_a_duplicate_id_is_refused():
 
 
 def test_a_draining_engine_finishes_and_takes_no_more():
-    """drain() keeps what is running and refuses what is new."""
+    """Draining keeps what is running and refuses what is new."""
     engine = mock_engine()
     engine.add(request("a"))
     engine.drain()
@@ -355,7 +355,7 @@ def test_speculation_changes_the_number_of_steps_and_nothing_else():
     loop = b"one two three. " * 3
 
     def repeat(tokens, _):
-        return (int(tokens[-15]) if tokens.size % 50 else ord("!"),)
+        return Next((int(tokens[-15]) if tokens.size % 50 else ord("!"),))
 
     for temperature in (0.0, 1.0):
         how = {"temperature": temperature, "logprobs": 1, "ignore_eos": True, "max_tokens": 120}
@@ -408,7 +408,7 @@ def test_block_events_tell_what_the_cache_holds():
 
 
 def test_want_description():
-    """describe() has the sizes that the engine was given."""
+    """The description has the sizes that the engine was given."""
     described = mock_engine(n_blocks=99, n_ctx=512, engine_id="e").describe()
     assert (described.engine_id, described.n_blocks, described.context_length, described.vocab_size) == (
         "e",
