@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sagellm_backend.base import BLOCK_SIZE, Capability, LoadOptions, MemoryInfo, StepBatch, StepResult
+from sagellm_backend.blas import set_blas_threads
 from sagellm_backend.checks import check_batch, check_weights
 from sagellm_backend.encoder import EncoderSpec
 from sagellm_backend.host import host_memory
@@ -69,9 +70,9 @@ class ReferenceBackend:
 
         Raises:
             ValueError: a slot is missing or has another shape.
-            UnsupportedError: a KV dtype other than f32, or a number of threads.
+            UnsupportedError: a KV dtype other than f32, or a number of threads that numpy's BLAS cannot be held to.
         """
-        _refuse_threads(options)
+        _set_threads(options)
         block_bytes = self.kv_block_bytes(spec, options.kv_dtype)
         check_weights(spec, weights)
         arrays = {slot: _load_array(slot, weights[slot], options.quant) for slot in spec.slots()}
@@ -82,17 +83,18 @@ class ReferenceBackend:
 
         Raises:
             ValueError: a slot is missing or has another shape.
-            UnsupportedError: a number of threads is asked for.
+            UnsupportedError: a number of threads that numpy's BLAS cannot be held to.
         """
-        _refuse_threads(options)
+        _set_threads(options)
         check_weights(spec, weights)
         return ReferenceEncoder(spec, {slot: _load_array(slot, weights[slot], options.quant) for slot in spec.slots()})
 
 
-def _refuse_threads(options: LoadOptions) -> None:
-    if options.threads:
+def _set_threads(options: LoadOptions) -> None:
+    if options.threads and not set_blas_threads(options.threads):
         raise UnsupportedError(
-            f"the reference backend cannot be held to {options.threads} threads: set OPENBLAS_NUM_THREADS instead",
+            f"numpy's BLAS cannot be held to {options.threads} threads from here: leave --threads out and set "
+            "OPENBLAS_NUM_THREADS, MKL_NUM_THREADS or the like before the start",
             param="threads",
         )
 

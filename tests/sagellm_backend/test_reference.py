@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sagellm_backend import reference
 from sagellm_backend.base import LoadOptions, RowSampling, StepBatch
 from sagellm_backend.conformance import SequenceRun, run_batch
 from sagellm_backend.conformance_specs import SPECS, random_ids, random_weights
@@ -162,13 +165,30 @@ def test_quantised_at_load(quant: str, fmt: Format) -> None:
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(
-    ("changes", "name"), [({"threads": 2}, "OPENBLAS_NUM_THREADS"), ({"kv_dtype": "int8"}, "kv-dtype")]
-)
-def test_options_that_it_cannot_honour_are_refused(changes: dict[str, object], name: str) -> None:
-    """A number of threads and a compact KV cache are refused with what to do."""
-    with pytest.raises(UnsupportedError, match=name):
-        ReferenceBackend().load(SPEC, random_weights(SPEC), replace(OPTIONS, **changes))
+def test_compact_kv_is_refused() -> None:
+    """A compact KV cache is refused with what to do."""
+    with pytest.raises(UnsupportedError, match="kv-dtype"):
+        ReferenceBackend().load(SPEC, random_weights(SPEC), replace(OPTIONS, kv_dtype="int8"))
+
+
+def test_threads_are_set_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number of threads goes to numpy's BLAS; where that takes none, it is refused with what to do."""
+    asked: list[int] = []
+    monkeypatch.setattr(reference, "set_blas_threads", lambda count: not asked.append(count))
+    ReferenceBackend().load(SPEC, random_weights(SPEC), replace(OPTIONS, threads=3))
+    assert asked == [3]
+    monkeypatch.setattr(reference, "set_blas_threads", lambda count: False)
+    with pytest.raises(UnsupportedError, match="OPENBLAS_NUM_THREADS"):
+        ReferenceBackend().load(SPEC, random_weights(SPEC), replace(OPTIONS, threads=3))
+
+
+def test_openblas_of_this_process_is_found() -> None:
+    """The OpenBLAS of numpy takes a number of threads, in a process of its own."""
+    code = "import numpy; from sagellm_backend.blas import set_blas_threads as f; print(f(1))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
+    if "openblas" in blas:
+        assert out[0] == "True"
 
 
 def test_limits_given_at_load_hold() -> None:
