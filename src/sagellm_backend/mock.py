@@ -251,11 +251,13 @@ class MockKV:
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, in order."""
+        self._check([number for pair in pairs for number in pair])
         for source, destination in pairs:
             self._ids[destination] = self._ids[source]
 
     def export_blocks(self, blocks: Sequence[int]) -> bytes:
         """Return the blocks' content."""
+        self._check(blocks)
         return self._ids[list(blocks)].tobytes()
 
     def import_blocks(self, blocks: Sequence[int], data: bytes | memoryview) -> None:
@@ -264,9 +266,15 @@ class MockKV:
         Raises:
             ValueError: the length is wrong.
         """
+        self._check(blocks)
         if len(data) != len(blocks) * self.block_bytes:
             raise ValueError(f"{len(blocks)} blocks have {len(blocks) * self.block_bytes} bytes, got {len(data)}")
         self._ids[list(blocks)] = np.frombuffer(data, np.int32).reshape(len(blocks), BLOCK_SIZE)
+
+    def _check(self, blocks: Sequence[int]) -> None:
+        bad = [number for number in blocks if not 0 <= number < self.n_blocks]
+        if bad:
+            raise ValueError(f"there is no block {bad[0]}: the cache has 0 to {self.n_blocks - 1}")
 
 
 class MockBackend:

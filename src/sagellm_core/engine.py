@@ -487,14 +487,15 @@ class Engine:
     def _on_failure(self, works: list[Work], error: Exception) -> None:
         """Fail the sequences of the step; after several such steps in a row the engine is dead, and says so."""
         self._failures += 1
-        for work in works:
-            self._fail(work.seq, _wire_error(error))
         self._kv.forget()  # what a failed step has written is not known
         if self._failures >= self.settings.max_failures or isinstance(error, EngineDiedError):
             last = error.message if isinstance(error, SageError) else _name(error)
             self.died = EngineDiedError(f"the device failed {self._failures} steps in a row, last: {last}")
             self._fail_all(self.died)
-            self._pooler.fail_all(self.died)
+            return
+        wire = error if isinstance(error, SageError) else InternalError(f"a step of the device failed: {_name(error)}")
+        for work in works:
+            self._fail(work.seq, wire)
 
     def _check_open(self) -> None:
         if self.died is not None:

@@ -16,8 +16,11 @@ from typing import TypeVar
 import msgspec
 
 from sagellm_core.engine import Engine
+from sagellm_core.handover import Handover
+from sagellm_protocol.embedding import EmbedRequest, EmbedResult
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
-from sagellm_protocol.errors import EngineDiedError, SageError, UnavailableError
+from sagellm_protocol.errors import EngineDiedError, ErrorCode, SageError, UnavailableError
+from sagellm_protocol.handover import KVExportRequest, KVImported, KVTicket
 from sagellm_protocol.prefix import BlockEvent
 
 __all__ = ["LocalEngine"]
@@ -82,6 +85,7 @@ class LocalEngine:
         self._closing = False
         self._ended: SageError | None = None
         self._streams: dict[str, _Stream] = {}
+        self._handover = Handover(engine, self._call)
         self._thread = threading.Thread(target=self._main, name=f"engine-{self._description.engine_id}", daemon=True)
         self._thread.start()
 
@@ -105,9 +109,15 @@ class LocalEngine:
         return self.snapshot()
 
     def snapshot(self) -> EngineStatus:
-        """Like `status`, without an event loop."""
-        if self._ended is not None:
-            raise self._ended
+        """Like `status`, without an event loop.
+
+        Raises:
+            EngineDiedError: the engine is dead.
+            UnavailableError: it was closed.
+        """
+        ended = self._ended or self._engine.died
+        if ended is not None:
+            raise ended
         return self._engine.status()
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
@@ -133,9 +143,58 @@ class LocalEngine:
         """Abort a sequence by id; its stream ends with ``cancelled``. False if the engine does not hold it."""
         return await self._call(lambda: self._engine.abort(request_id))
 
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        """Compute one vector for each input (`EmbeddingClient`); cancelling the task drops what is not computed yet.
+
+        Raises:
+            UnsupportedError: the model cannot do this task.
+            ContextLengthError: an input does not fit.
+            DeadlineExceededError: the request's own deadline passed.
+            EngineDiedError: the engine ended.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[EmbedResult] = loop.create_future()
+
+        def done(outcome: EmbedResult | SageError) -> None:
+            setter = _set_exception if isinstance(outcome, SageError) else _set_result
+            _on_loop(loop, setter, future, outcome)
+
+        def start() -> None:
+            try:
+                self._engine.embed(request, done)
+            except SageError as error:
+                done(error)
+
+        self._post(_Command(start, done))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._post(_Command(lambda: _drop(self._engine, request.request_id), _ignore))
+            raise
+
     async def block_events(self, after: int) -> list[BlockEvent]:
         """Return the changes of the prefix cache numbered above `after`."""
         return await self._call(lambda: self._engine.block_events(after))
+
+    async def export_kv(self, request: KVExportRequest) -> KVTicket:
+        """Write the cached blocks of a prompt's beginning to shared memory (see `sagellm_core.handover`).
+
+        Raises:
+            KVTransferError: nothing of it is cached, or shared memory is full.
+        """
+        return await self._handover.export(request)
+
+    async def import_kv(self, ticket: KVTicket) -> KVImported:
+        """Take exported blocks into the prefix cache.
+
+        Raises:
+            KVTransferError: they are another model's, incomplete or damaged.
+        """
+        return await self._handover.import_(ticket)
+
+    async def discard_kv(self, name: str) -> bool:
+        """Remove exported blocks that nobody will import; False if they are gone."""
+        return self._handover.discard(name)
 
     async def drain(self) -> None:
         """Take no more sequences; those that are here go on to their end."""
@@ -163,6 +222,7 @@ class LocalEngine:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+        self._handover.close()
 
     # ------------------------------------------------------ any thread -> engine
 
@@ -284,7 +344,10 @@ def _joined(first: TokenDelta, second: TokenDelta) -> TokenDelta:
 
 def _push_all(batch: list[tuple[_Stream, TokenDelta]]) -> None:
     for stream, delta in batch:
-        stream.push(delta)
+        if delta.error is not None and delta.error.code is ErrorCode.ENGINE_DIED:
+            stream.fail(SageError.from_wire(delta.error))  # the sequence may go on elsewhere: not its own failure
+        else:
+            stream.push(delta)
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> bool:
@@ -304,6 +367,10 @@ def _set_result(future: asyncio.Future[_T], result: _T) -> None:
 def _set_exception(future: asyncio.Future[_T], error: BaseException) -> None:
     if not future.done():
         future.set_exception(error)
+
+
+def _drop(engine: Engine, request_id: str) -> None:
+    engine.abort_embed(request_id)
 
 
 def _ignore(error: SageError) -> None:

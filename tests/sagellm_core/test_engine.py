@@ -344,7 +344,7 @@ def test_an_engine_whose_steps_keep_failing_dies_and_says_so(monkeypatch):
     Breaking(monkeypatch, lambda *_: True)
     engine = mock_engine(max_running=1)
     out = collect(engine, [request(f"r{i}") for i in range(5)])
-    assert [type(o.error) for o in out.values()] == [InternalError] * 3 + [EngineDiedError] * 2
+    assert [type(o.error) for o in out.values()] == [InternalError] * 2 + [EngineDiedError] * 3
     with pytest.raises(EngineDiedError):
         engine.add(request("late"))
     engine.check_integrity()
