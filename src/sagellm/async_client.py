@@ -31,6 +31,7 @@ class AsyncUnifiedInferenceClient:
         api_key: sent as a bearer token.
         embedded: run the engine in this process; `default_llm_model` names the model and `base_url` must be None.
         retries: what is sent again when it failed before producing anything.
+        mock: with `embedded`, simulate the device; `default_llm_model` then lends its tokenizer and sizes.
         engine: with `embedded`, changes to the engine's configuration, by the names of `EngineConfig` (``{"limits": {"n_ctx": 2048}}``).
     """
 
@@ -45,6 +46,7 @@ class AsyncUnifiedInferenceClient:
         embedded: bool = False,
         retries: RetryPolicy | None = None,
         engine: Mapping[str, Any] | None = None,
+        mock: bool = False,
     ) -> None:
         if embedded and base_url is not None:
             raise InvalidArgumentError(
@@ -61,6 +63,16 @@ class AsyncUnifiedInferenceClient:
         self._api_key = api_key
         self._embedded = embedded
         self._engine = dict(engine or {})
+        if mock and not embedded:
+            raise InvalidArgumentError(
+                "mock=True simulates an engine in this process: pass embedded=True with it, or start the server with "
+                "`sage-llm serve --mock`",
+                param="mock",
+            )
+        if mock and default_llm_model not in {None, "mock"}:
+            self._engine["backend"] = "mock"
+        elif mock:
+            default_llm_model = "mock"
         self.default_llm_model = default_llm_model
         self.default_embedding_model = default_embedding_model
         self._transports: dict[str, Transport] = {}
@@ -79,6 +91,7 @@ class AsyncUnifiedInferenceClient:
         *,
         retries: RetryPolicy | None = None,
         engine: Mapping[str, Any] | None = None,
+        mock: bool = False,
     ) -> AsyncUnifiedInferenceClient:
         """Return a client of the control plane at `control_plane_url` (with or without ``/v1``); see the class for the rest."""
         return cls(
@@ -90,9 +103,49 @@ class AsyncUnifiedInferenceClient:
             embedded=embedded,
             retries=retries,
             engine=engine,
+            mock=mock,
         )
 
     create_with_control_plane = create
+
+    @classmethod
+    async def create_for_model(
+        cls, model_id: str, control_plane_url: str | None = None, *, start_timeout: float = 180.0, **options: Any
+    ) -> AsyncUnifiedInferenceClient:
+        """Return a client whose default model is `model_id`; the control plane starts an engine if none serves it yet.
+
+        Args:
+            model_id: as the server's store knows it.
+            control_plane_url: None looks for a server.
+            start_timeout: seconds that loading may take.
+            options: as for `create`.
+
+        Raises:
+            ModelNotFoundError: the server does not have the model.
+            DeadlineExceededError: it was not ready in time.
+            SageError: what else the server said.
+        """
+        client = cls.create(control_plane_url, model_id, **options)
+        try:
+            await client.ensure_model(model_id, timeout=start_timeout)
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
+    async def ensure_model(self, model_id: str, *, timeout: float = 180.0) -> None:
+        """Ask the control plane to start an engine for `model_id` unless one serves it, and wait until it does.
+
+        Raises:
+            ModelNotFoundError: the server does not have the model.
+            DeadlineExceededError: it was not ready within `timeout` seconds.
+        """
+        transport = await self._transport("chat")
+        if model_id in await self.models():
+            return
+        await transport.start_model(model_id, timeout)
+        if model_id not in await self.models():
+            raise ModelNotFoundError(f"{model_id!r} was started and is not served: see `sage-llm logs`", param="model")
 
     @overload
     async def chat(self, messages: Messages, *, stream: Literal[False] = False, **options: Any) -> ChatResult: ...

@@ -37,6 +37,7 @@ class UnifiedInferenceClient:
         embedded: bool = False,
         retries: RetryPolicy | None = None,
         engine: Mapping[str, Any] | None = None,
+        mock: bool = False,
     ) -> None:
         self._async = AsyncUnifiedInferenceClient(
             base_url,
@@ -47,6 +48,7 @@ class UnifiedInferenceClient:
             embedded=embedded,
             retries=retries,
             engine=engine,
+            mock=mock,
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -64,6 +66,7 @@ class UnifiedInferenceClient:
         *,
         retries: RetryPolicy | None = None,
         engine: Mapping[str, Any] | None = None,
+        mock: bool = False,
     ) -> UnifiedInferenceClient:
         """Return a client of the control plane at `control_plane_url` (with or without ``/v1``); see the class for the rest."""
         return cls(
@@ -75,9 +78,38 @@ class UnifiedInferenceClient:
             embedded=embedded,
             retries=retries,
             engine=engine,
+            mock=mock,
         )
 
     create_with_control_plane = create
+
+    @classmethod
+    def create_for_model(
+        cls, model_id: str, control_plane_url: str | None = None, *, start_timeout: float = 180.0, **options: Any
+    ) -> UnifiedInferenceClient:
+        """Return a client of `model_id`, started if need be; see `AsyncUnifiedInferenceClient.create_for_model`.
+
+        Raises:
+            ModelNotFoundError: the server does not have the model.
+            DeadlineExceededError: it was not ready in time.
+            SageError: what else the server said.
+        """
+        client = cls.create(control_plane_url, model_id, **options)
+        try:
+            client.ensure_model(model_id, timeout=start_timeout)
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    def ensure_model(self, model_id: str, *, timeout: float = 180.0) -> None:
+        """Start an engine for `model_id` unless one serves it; see `AsyncUnifiedInferenceClient.ensure_model`.
+
+        Raises:
+            ModelNotFoundError: the server does not have the model.
+            DeadlineExceededError: it was not ready within `timeout` seconds.
+        """
+        self._call(self._async.ensure_model(model_id, timeout=timeout))
 
     @property
     def default_llm_model(self) -> str | None:

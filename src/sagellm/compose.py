@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sagellm_gateway.context import Gateway
     from sagellm_protocol.ports import ChatModel
 
-__all__ = ["House", "StoreCatalog", "build_server", "engine_config", "start_embedded"]
+__all__ = ["House", "StoreCatalog", "add_local", "build_server", "engine_config", "start_embedded"]
 
 MOCK = "mock"
 DEFAULT_CONTEXT = 8192
@@ -149,15 +149,9 @@ class House:
 
     def app(self) -> AsgiApp:
         """Return the gateway's routes over this control plane, for calls from this process: no web framework, no lifespan."""
-        from sagellm_gateway.config import GatewayConfig
-        from sagellm_gateway.context import Gateway
-        from sagellm_gateway.middleware.edge import Edge
-        from sagellm_gateway.routes.table import ROUTES
-        from sagellm_gateway.routing import Router
+        from sagellm_gateway.inprocess import application
 
-        gateway = Gateway(self.manager, self._config or GatewayConfig(access_log=False))
-        gateway.ready = True
-        return Edge(Router(gateway, ROUTES), gateway)
+        return application(self.manager, self._config)
 
     def server_app(self, beside: Callable[[], AbstractAsyncContextManager[None]]) -> Starlette:
         """Return the gateway's application; `beside` runs within its lifespan, after the control plane has started."""
@@ -212,20 +206,24 @@ async def start_embedded(
     house = House(manager, [config.served_id for config in configs])
     try:
         for config in configs:
-            await _add_local(manager, config)
+            await add_local(manager, config)
     except BaseException:
         await house.close()
         raise
     return house
 
 
-async def _add_local(manager: ControlPlaneManager, config: EngineConfig) -> None:
+async def add_local(manager: ControlPlaneManager, config: EngineConfig) -> None:
+    """Load an engine into this process and register it.
+
+    Raises:
+        SageError: the model is missing, damaged, or does not fit.
+    """
     import asyncio
 
-    from sagellm_core.build import build_engine
-    from sagellm_core.local import LocalEngine
+    from sagellm_core.client import local_client
 
-    engine = LocalEngine(await asyncio.to_thread(build_engine, config))
+    engine = await asyncio.to_thread(local_client, config)
     description = await engine.describe()
     await manager.add_engine(engine, load_text_side(config, description.context_length))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from sagellm import compose
 from sagellm.asgi import AsgiApp, AsgiResponse, open_response
 from sagellm.transport import error_of_reply, sse_chunks
-from sagellm_protocol.errors import InternalError
+from sagellm_protocol.errors import DeadlineExceededError, InternalError
 
 __all__ = ["EmbeddedTransport"]
 
@@ -63,6 +64,15 @@ class EmbeddedTransport:
             raise _error(response, reply)
         value = json.loads(reply)
         return value if isinstance(value, dict) else {"data": value}
+
+    async def start_model(self, model_id: str, longest_s: float) -> None:
+        """Load `model_id` into this process, beside what is loaded already."""
+        try:
+            await asyncio.wait_for(compose.add_local(self._house.manager, compose.engine_config(model_id)), longest_s)
+        except asyncio.TimeoutError as error:
+            raise DeadlineExceededError(
+                f"{model_id} was not loaded within {longest_s} s: pass a longer time"
+            ) from error
 
     async def close(self) -> None:
         """End the engine."""

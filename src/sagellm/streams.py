@@ -16,6 +16,10 @@ __all__ = ["DeltaStream", "resuming_stream"]
 _MAX_REPLAYS = 2
 
 
+class _ReplayDiffersError(UnavailableError):
+    """The same request did not give the same text again."""
+
+
 async def resuming_stream(transport: Transport, path: str, body: dict[str, Any]) -> AsyncGenerator[Delta, None]:
     """Yield deltas; a stream that breaks in the middle is taken up again where it stood.
 
@@ -42,6 +46,8 @@ async def resuming_stream(transport: Transport, path: str, body: dict[str, Any])
                     delta = new
                 seen += delta.text
                 yield delta
+        except _ReplayDiffersError:
+            raise
         except UnavailableError:
             replays += 1
             if not (seen and resumable) or replays > _MAX_REPLAYS:
@@ -56,7 +62,7 @@ def _without_prefix(delta: Delta, skip: str) -> tuple[Delta | None, str]:
     if skip.startswith(text) and not delta.finish_reason:
         return None, skip[len(text) :]
     if not text.startswith(skip):
-        raise UnavailableError("the stream broke, and its replay says something else: send the request again")
+        raise _ReplayDiffersError("the stream broke, and its replay says something else: send the request again")
     chunk = dict(delta)
     choice = dict(chunk["choices"][0])
     if "delta" in choice:

@@ -97,6 +97,15 @@ class Transport(Protocol):
         """
         ...
 
+    async def start_model(self, model_id: str, longest_s: float) -> None:
+        """Start an engine for `model_id` and wait until it serves.
+
+        Raises:
+            ModelNotFoundError: there is no such model.
+            DeadlineExceededError: it takes longer than `longest_s` seconds.
+        """
+        ...
+
     async def close(self) -> None:
         """Let go of connections, or of the engine. Idempotent."""
         ...
@@ -131,12 +140,19 @@ class HttpTransport:
         """Send `body` and return the reply."""
         return await self._call("POST", path, body)
 
-    async def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    async def start_model(self, model_id: str, longest_s: float) -> None:
+        """Ask the control plane to start an engine for `model_id`; it answers when the engine serves."""
+        await self._call("POST", "/management/engines", {"model_id": model_id}, longest_s)
+
+    async def _call(
+        self, method: str, path: str, body: dict[str, Any] | None, longest: float | None = None
+    ) -> dict[str, Any]:
+        longest = longest if longest is not None else self._timeouts.total
         try:
-            return await asyncio.wait_for(self._retrying(lambda: self._once(method, path, body)), self._timeouts.total)
+            return await asyncio.wait_for(self._retrying(lambda: self._once(method, path, body, longest)), longest)
         except asyncio.TimeoutError as error:
             raise DeadlineExceededError(
-                f"no reply from {self.base_url} within {self._timeouts.total} s: pass a larger timeout or a smaller max_tokens"
+                f"no reply from {self.base_url} within {longest} s: pass a larger timeout or a smaller max_tokens"
             ) from error
 
     async def _retrying(self, call: Callable[[], Awaitable[_T]]) -> _T:
@@ -147,9 +163,13 @@ class HttpTransport:
                 await asyncio.sleep(self._retries.pause(attempt, error.retry_after_s))
         return await call()
 
-    async def _once(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    async def _once(self, method: str, path: str, body: dict[str, Any] | None, longest: float | None) -> dict[str, Any]:
+        import httpx2
+
+        # A reply that is not streamed is silent until it is whole: only the total bounds it.
+        patience = httpx2.Timeout(longest, connect=self._timeouts.connect)
         async with self._mapped():
-            response = await self._http.request(method, self._url(path), json=body)
+            response = await self._http.request(method, self._url(path), json=body, timeout=patience)
         if response.is_error:
             raise error_of_reply(response.status_code, response.content, response.headers.get("retry-after", ""))
         try:

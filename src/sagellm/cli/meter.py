@@ -39,8 +39,6 @@ class Meter:
         """A question goes out now."""
         self._asked, self._first, self._usage = time.perf_counter(), None, {}
 
-    loaded = asked
-
     def saw(self, delta: Delta) -> None:
         """Count a piece of the answer."""
         now = time.perf_counter()

@@ -91,7 +91,8 @@ async def _answer(
     async with AsyncUnifiedInferenceClient.create(
         default_llm_model=model, embedded=True, engine=changes, timeout=None
     ) as client:
-        meter.loaded()
+        await client.models()  # loads the engine
+        meter.asked()
         stream = await client.chat(messages, stream=True, stream_options={"include_usage": True}, **options)
         async for delta in stream:
             meter.saw(delta)

@@ -212,9 +212,9 @@ def test_kill_minus_nine_leaves_nothing_half_installed(tmp_path: Path) -> None:
     with big.open("wb") as file:
         file.truncate(1 << 31)  # sparse: takes no room, but seconds to hash
     process = subprocess.Popen([sys.executable, "-c", _PULL, str(big)])
-    staging = ModelName.parse("big").staging
+    lock = ModelName.parse("big").lock
     deadline = time.monotonic() + 20
-    while not staging.exists() and time.monotonic() < deadline:
+    while not lock.exists() and time.monotonic() < deadline:
         os.sched_yield()
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
