@@ -36,7 +36,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     pattern_chars: int = 1024
     queued_frames: int = 8192
     in_flight: int = 4096
-    file_bytes: int = 512 * 1024 * 1024
+    file_bytes: int = 128 * 1024 * 1024
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):

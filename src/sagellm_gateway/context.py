@@ -21,9 +21,12 @@ from sagellm_gateway.library import ModelLibrary, NoLibrary
 from sagellm_protocol.errors import InternalError, SageError, UnavailableError
 
 if TYPE_CHECKING:
+    from sagellm_gateway.batches import BatchRunner
     from sagellm_gateway.keyring import KeyRing
     from sagellm_gateway.metrics import Metrics
+    from sagellm_gateway.store.batches import BatchStore
     from sagellm_gateway.store.database import Database
+    from sagellm_gateway.store.files import FileStore
     from sagellm_gateway.store.keys import KeyStore
     from sagellm_gateway.store.responses import ResponseStore
     from sagellm_gateway.store.sessions import SessionStore
@@ -95,6 +98,29 @@ class Gateway:
         return ResponseStore(self.database, self.config.response_limit, self.config.response_ttl_s)
 
     @cached_property
+    def files(self) -> FileStore:
+        """Uploaded files and results of batches."""
+        from sagellm_gateway.store.files import FileStore
+
+        return FileStore(self.database)
+
+    @cached_property
+    def batches(self) -> BatchStore:
+        """Batches, as they are stored."""
+        from sagellm_gateway.store.batches import BatchStore
+
+        return BatchStore(self.database)
+
+    @cached_property
+    def runner(self) -> BatchRunner:
+        """The batches that are under way."""
+        from sagellm_gateway.batches import BatchRunner
+        from sagellm_gateway.routes.table import ROUTES
+        from sagellm_gateway.routing import Router
+
+        return BatchRunner(self, Router(self, ROUTES))
+
+    @cached_property
     def sessions(self) -> SessionStore:
         """Conversations that the server remembers."""
         from sagellm_gateway.store.sessions import SessionStore
@@ -127,11 +153,14 @@ class Gateway:
         self._flusher = asyncio.create_task(self.keyring.keep_flushing())
         if self.config.state_path is not None:
             await self.responses.fail_unfinished()
+            await self.runner.resume()
 
     async def close(self) -> None:
         """End background work and close the state file."""
         for run in list(self.background.values()):
             await run.stop()
+        if "runner" in self.__dict__:
+            await self.runner.stop()
         if self._flusher is not None:
             self._flusher.cancel()
             await self.keyring.flush()

@@ -60,6 +60,9 @@ def _seconds(raw: bytes) -> float:
 
 def generate(call: Call, request: GenerationRequest) -> AsyncGenerator[Any, None]:
     """Run `request`, counting its tokens for metrics, rates and budgets, also when it is broken off."""
+    priority = call.scope.get("sagellm.priority")
+    if priority is not None:
+        request = msgspec.structs.replace(request, priority=priority)
     return _metered(call, call.gateway.manager.generate(request))
 
 

@@ -20,6 +20,8 @@ __all__ = ["embeddings", "ollama_embed", "ollama_embeddings", "rerank", "score"]
 def _extras(call: Call) -> dict[str, Any]:
     found = extras(call)
     found.pop("tenant", None)
+    if "sagellm.priority" in call.scope:
+        found["priority"] = call.scope["sagellm.priority"]
     return found
 
 
