@@ -80,6 +80,7 @@ class Handover:
         self._fingerprint = "/".join(
             str(part)
             for part in (
+                description.model,
                 description.architecture,
                 description.backend,
                 description.quantization,

@@ -7,14 +7,14 @@ import gc
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import msgspec
 
-from sagellm_protocol.embedding import EmbedRequest, EmbedResult
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, Histogram, TokenDelta
-from sagellm_protocol.errors import UnavailableError, UnsupportedError
-from sagellm_protocol.ports import EmbeddingClient, EngineClient
+from sagellm_protocol.errors import UnavailableError
+from sagellm_protocol.ports import EngineClient
 from sagellm_protocol.prefix import BlockEvent
 
 __all__ = ["KeepAliveEngine"]
@@ -27,7 +27,7 @@ _NOW = (
 )  # fmt: skip
 """Fields of a status that say what is; all others only grow and are carried over a reload."""
 
-E = TypeVar("E", bound=EngineClient)
+_OPTIONAL = ("block_events", "discard_kv", "embed", "export_kv", "import_kv")
 
 
 class KeepAliveEngine:
@@ -61,8 +61,7 @@ class KeepAliveEngine:
         self._timer: asyncio.TimerHandle | None = None
         self._unloading: asyncio.Task[None] | None = None
         self._closed = False
-        self._has_embed = isinstance(engine, EmbeddingClient)
-        self._has_events = hasattr(engine, "block_events")
+        self._optional = {name for name in _OPTIONAL if hasattr(engine, name)}
         self._start_timer()
 
     @property
@@ -92,30 +91,22 @@ class KeepAliveEngine:
             async for delta in deltas:
                 yield delta
 
-    async def embed(self, request: EmbedRequest) -> EmbedResult:
-        """Compute vectors; loads the model first if it has to.
-
-        Raises:
-            UnsupportedError: the engine computes none.
-        """
-        if not self._has_embed:
-            raise UnsupportedError(f"engine {self.engine_id!r} computes no vectors", param="model")
-        async with self._use() as engine:
-            assert isinstance(engine, EmbeddingClient)
-            return await engine.embed(request)
-
     async def abort(self, request_id: str) -> bool:
         """Abort a sequence by id; False if the engine does not hold it."""
         return await self._engine.abort(request_id) if self._engine is not None else False
 
-    async def block_events(self, after: int) -> list[BlockEvent]:
-        """Return the changes of the prefix cache numbered above `after`; an unload is one ``cleared``.
+    def __getattr__(self, name: str) -> Any:
+        """Offer what the engine offers besides `EngineClient`, and nothing else."""
+        if name not in self._optional:
+            raise AttributeError(name)
+        return self._block_events if name == "block_events" else partial(self._forward, name)
 
-        Raises:
-            UnsupportedError: the engine does not report them.
-        """
-        if not self._has_events:
-            raise UnsupportedError(f"engine {self.engine_id!r} reports no block events", param="method")
+    async def _forward(self, name: str, request: Any) -> Any:
+        async with self._use() as engine:
+            return await getattr(engine, name)(request)
+
+    async def _block_events(self, after: int) -> list[BlockEvent]:
+        """Return the changes of the prefix cache numbered above `after`; an unload is one ``cleared``."""
         offset = self._events_before
         events = [BlockEvent(seq=offset, kind="cleared")] if offset > after else []
         engine: Any = self._engine
@@ -182,7 +173,7 @@ class KeepAliveEngine:
                 return
             engine: Any = self._engine
             before = _sum(await engine.status(), self._before, "unloaded")
-            events = await engine.block_events(0) if self._has_events else []
+            events = await engine.block_events(0) if "block_events" in self._optional else []
             if not self._idle():  # somebody came while we asked
                 return
             self._before = before

@@ -23,6 +23,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -95,12 +96,17 @@ class EngineServer:
             "abort": lambda params: self.engine.abort(params.request_id),
             "drain": self._drain_call,
         }
-        block_events = getattr(engine, "block_events", None)
-        if block_events is not None:
-            self._methods["block_events"] = lambda params: block_events(params.after)
-        embed = getattr(engine, "embed", None)
-        if embed is not None:
-            self._methods["embed"] = embed
+        optional: dict[str, Callable[[Any, Any], Any]] = {
+            "block_events": lambda method, params: method(params.after),
+            "discard_kv": lambda method, params: method(params.name),
+            "embed": lambda method, params: method(params),
+            "export_kv": lambda method, params: method(params),
+            "import_kv": lambda method, params: method(params),
+        }
+        for name, invoke in optional.items():
+            method = getattr(engine, name, None)
+            if method is not None:
+                self._methods[name] = partial(invoke, method)
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> int:
         """Serve until drained or dead; return the exit status. `ready` is called once clients can connect."""
@@ -358,15 +364,14 @@ def _listen(args: argparse.Namespace) -> tuple[socket.socket, str | None]:
 def _build(text: str) -> EngineClient:
     import msgspec
 
-    from sagellm_core.build import build_engine
+    from sagellm_core.client import local_client
     from sagellm_core.config import EngineConfig
-    from sagellm_core.local import LocalEngine
 
     try:
         config = msgspec.json.decode(text, type=EngineConfig)
     except msgspec.MsgspecError as exc:
         raise InvalidArgumentError(f"--config: {exc}", param="config") from None
-    return LocalEngine(build_engine(config))
+    return local_client(config)
 
 
 def _runner() -> Any:

@@ -1,7 +1,7 @@
 """The words that all floors share: types, errors, ports and the wire codec. No torch, no numpy, no HTTP."""
 
 from sagellm_protocol.codec import PROTOCOL_VERSION, decode, encode, from_json, from_msgpack, to_json, to_msgpack
-from sagellm_protocol.embedding import EmbeddingRequest, EmbedRequest, EmbedResult, ScoreRequest
+from sagellm_protocol.embedding import EmbeddingRequest, EmbedRequest, EmbedResult, Pooling, ScoreRequest, relevance
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, Histogram, TokenDelta
 from sagellm_protocol.errors import (
     CancelledRequestError,
@@ -39,6 +39,7 @@ from sagellm_protocol.generation import (
     ToolCallDelta,
     Usage,
 )
+from sagellm_protocol.handover import KVExportRequest, KVImported, KVTicket
 from sagellm_protocol.kv import (
     KVAllocateParams,
     KVDType,
@@ -52,7 +53,15 @@ from sagellm_protocol.kv import (
     KVPrefetchParams,
 )
 from sagellm_protocol.metrics import Metrics, Timestamps
-from sagellm_protocol.ports import ChatModel, EngineClient, PreparedRequest, TextDecoder
+from sagellm_protocol.ports import (
+    ChatModel,
+    EmbeddingClient,
+    EmbeddingModel,
+    EngineClient,
+    KVTransferClient,
+    PreparedRequest,
+    TextDecoder,
+)
 from sagellm_protocol.prefix import BlockEvent, block_hash, block_hashes, root_hash
 from sagellm_protocol.sampling import GrammarSpec, Sampling, SamplingParams, SamplingPreset
 from sagellm_protocol.schema import json_schema
@@ -80,6 +89,8 @@ __all__ = [
     "DeltaEvent",
     "EmbedRequest",
     "EmbedResult",
+    "EmbeddingClient",
+    "EmbeddingModel",
     "EmbeddingRequest",
     "EndEvent",
     "EngineClient",
@@ -104,17 +115,22 @@ __all__ = [
     "KVDType",
     "KVEvictParams",
     "KVEvictReason",
+    "KVExportRequest",
     "KVFreeParams",
     "KVHandle",
     "KVHookEvent",
+    "KVImported",
     "KVLayout",
     "KVMigrateParams",
     "KVPrefetchParams",
+    "KVTicket",
+    "KVTransferClient",
     "KVTransferError",
     "Metrics",
     "ModelFileError",
     "ModelNotFoundError",
     "PermissionDeniedError",
+    "Pooling",
     "PreparedRequest",
     "Priority",
     "ProtocolVersionError",
@@ -148,6 +164,7 @@ __all__ = [
     "from_json",
     "from_msgpack",
     "json_schema",
+    "relevance",
     "root_hash",
     "to_json",
     "to_msgpack",

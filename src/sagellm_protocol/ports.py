@@ -8,8 +8,17 @@ from typing import Protocol, runtime_checkable
 from sagellm_protocol.embedding import EmbeddingRequest, EmbedRequest, EmbedResult, ScoreRequest
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
 from sagellm_protocol.generation import ChoiceDelta, GenerationRequest
+from sagellm_protocol.handover import KVExportRequest, KVImported, KVTicket
 
-__all__ = ["ChatModel", "EmbeddingClient", "EmbeddingModel", "EngineClient", "PreparedRequest", "TextDecoder"]
+__all__ = [
+    "ChatModel",
+    "EmbeddingClient",
+    "EmbeddingModel",
+    "EngineClient",
+    "KVTransferClient",
+    "PreparedRequest",
+    "TextDecoder",
+]
 
 
 @runtime_checkable
@@ -141,6 +150,31 @@ class EmbeddingClient(Protocol):
             DeadlineExceededError: the request's own deadline passed.
             EngineDiedError: the engine ended or the connection broke.
         """
+        ...
+
+
+@runtime_checkable
+class KVTransferClient(Protocol):
+    """What an `EngineClient` that can hand KV blocks over to another engine of the same machine offers besides its other methods."""
+
+    async def export_kv(self, request: KVExportRequest) -> KVTicket:
+        """Lay the cached blocks of a prompt's beginning ready for another engine.
+
+        Raises:
+            KVTransferError: nothing of it is cached, or there is no room.
+        """
+        ...
+
+    async def import_kv(self, ticket: KVTicket) -> KVImported:
+        """Take blocks that another engine laid ready; they are gone afterwards, whether it worked or not.
+
+        Raises:
+            KVTransferError: they are another model's, incomplete or damaged; a prefill does without them.
+        """
+        ...
+
+    async def discard_kv(self, name: str) -> bool:
+        """Remove blocks of a ticket that nobody will import; False if they are gone."""
         ...
 
 

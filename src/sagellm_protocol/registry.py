@@ -6,7 +6,7 @@ from types import ModuleType
 
 import msgspec
 
-from sagellm_protocol import embedding, engine, errors, generation, kv, metrics, sampling, types
+from sagellm_protocol import embedding, engine, errors, generation, handover, kv, metrics, sampling, types
 
 __all__ = ["ALIASES", "TYPES"]
 
@@ -30,7 +30,7 @@ def _structs(module: ModuleType) -> dict[str, type[msgspec.Struct]]:
 
 TYPES: dict[str, type[msgspec.Struct]] = {
     name: member
-    for module in (types, metrics, errors, kv, sampling, generation, engine, embedding)
+    for module in (types, metrics, errors, kv, sampling, generation, engine, embedding, handover)
     for name, member in _structs(module).items()
 }
 """Every public struct of the protocol by its name."""

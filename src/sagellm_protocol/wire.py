@@ -19,6 +19,7 @@ import msgspec
 from sagellm_protocol.embedding import EmbedRequest, EmbedResult
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
 from sagellm_protocol.errors import Error, InvalidArgumentError, UnsupportedError
+from sagellm_protocol.handover import KVExportRequest, KVImported, KVTicket
 from sagellm_protocol.prefix import BlockEvent
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Call",
     "Cancel",
     "Deltas",
+    "DiscardKVParams",
     "DrainParams",
     "Failure",
     "FrameDecoder",
@@ -171,6 +173,12 @@ class BlockEventsParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     after: int
 
 
+class DiscardKVParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of ``discard_kv``: the `name` of a ticket; the result says whether it was still there."""
+
+    name: str
+
+
 class Method(msgspec.Struct, frozen=True):
     """What a call takes and gives."""
 
@@ -185,6 +193,9 @@ METHODS: dict[str, Method] = {
     "drain": Method(DrainParams, None),
     "block_events": Method(BlockEventsParams, tuple[BlockEvent, ...]),
     "embed": Method(EmbedRequest, EmbedResult),
+    "export_kv": Method(KVExportRequest, KVTicket),
+    "import_kv": Method(KVTicket, KVImported),
+    "discard_kv": Method(DiscardKVParams, bool),
 }
 """Every method by name."""
 

@@ -10,7 +10,8 @@ from sagellm_core.config import EngineConfig, MockOptions
 from sagellm_core.keepalive import KeepAliveEngine
 from sagellm_core.local import LocalEngine
 from sagellm_protocol import EngineRequest, SamplingParams
-from sagellm_protocol.errors import ModelFileError, UnavailableError, UnsupportedError
+from sagellm_protocol.errors import KVTransferError, ModelFileError, UnavailableError
+from sagellm_protocol.handover import KVExportRequest
 
 
 def build() -> LocalEngine:
@@ -118,13 +119,15 @@ async def test_prefix_index_is_told():
         assert (await engine.block_events(seen))[0] == cleared
 
 
-async def test_embedding_is_refused_where_there_is_none():
-    """An engine that computes no vectors says so."""
-    async with keeping(10) as engine:
-        if engine._has_embed:
-            pytest.skip("the mock engine computes vectors")
-        with pytest.raises(UnsupportedError, match="computes no vectors"):
-            await engine.embed(None)
+async def test_offers_what_the_engine_offers():
+    """Methods beyond the port are there exactly if the engine has them, and they load it."""
+    async with keeping(0.03) as engine:
+        assert hasattr(engine, "block_events")
+        assert not hasattr(engine, "fly")
+        await asyncio.wait_for(unloaded(engine), 10)
+        with pytest.raises(KVTransferError, match="no full block"):
+            await engine.export_kv(KVExportRequest(token_ids=tuple(range(32))))
+        assert engine.loaded
 
 
 async def test_closed():

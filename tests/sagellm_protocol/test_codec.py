@@ -26,6 +26,7 @@ from sagellm_protocol import (
 )
 from sagellm_protocol.embedding import EmbedRequest
 from sagellm_protocol.errors import InvalidArgumentError, ProtocolVersionError
+from sagellm_protocol.handover import KVTicket
 from sagellm_protocol.registry import TYPES
 
 # A seed, a token or a count: what JSON and msgpack both carry exactly.
@@ -74,6 +75,16 @@ alternative = st.builds(
 )
 
 SPECIAL = {
+    "KVTicket": st.lists(ints, max_size=3).map(
+        lambda sums: KVTicket(
+            name="kv-1",
+            fingerprint="f",
+            block_size=2,
+            block_bytes=8,
+            token_ids=(5,) * 2 * len(sums),
+            checksums=tuple(sums),
+        )
+    ),
     "TokenLogprob": st.builds(
         TokenLogprob,
         token_id=ints,

@@ -22,6 +22,7 @@ from sagellm_protocol.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from sagellm_protocol.handover import KVExportRequest, KVImported, KVTicket
 from sagellm_protocol.prefix import BlockEvent
 
 __all__ = ["WireEngineClient", "WireTimeouts"]
@@ -152,6 +153,21 @@ class WireEngineClient:
         """
         result: EmbedResult = await self._call("embed", request, request.deadline_s)
         return result
+
+    async def export_kv(self, request: KVExportRequest) -> KVTicket:
+        """Lay the cached blocks of a prompt's beginning ready for another engine of this machine."""
+        ticket: KVTicket = await self._call("export_kv", request, self._timeouts.call)
+        return ticket
+
+    async def import_kv(self, ticket: KVTicket) -> KVImported:
+        """Take blocks that another engine laid ready."""
+        imported: KVImported = await self._call("import_kv", ticket, self._timeouts.call)
+        return imported
+
+    async def discard_kv(self, name: str) -> bool:
+        """Remove blocks of a ticket that nobody will import."""
+        removed: bool = await self._call("discard_kv", wire.DiscardKVParams(name=name), self._timeouts.call)
+        return removed
 
     async def close(self) -> None:
         """End the connection; open streams end with `EngineDiedError`, and the engine aborts them. Idempotent."""

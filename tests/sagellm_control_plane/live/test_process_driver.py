@@ -21,12 +21,14 @@ from sagellm_protocol import EngineRequest, SamplingParams
 from sagellm_protocol.errors import (
     EngineDiedError,
     InvalidArgumentError,
+    KVTransferError,
     ModelFileError,
     ResourceExhaustedError,
     UnauthenticatedError,
     UnavailableError,
 )
-from sagellm_protocol.ports import EngineClient
+from sagellm_protocol.handover import KVExportRequest
+from sagellm_protocol.ports import EngineClient, KVTransferClient
 
 COUNTING = Path(__file__).parents[2] / "sagellm_core" / "counting_engine.py"
 FAST = RestartPolicy(first_delay_s=0.01, max_delay_s=0.05, max_attempts=3)
@@ -125,13 +127,32 @@ async def test_kill_9(driver):
     assert driver.processes()[0].restarts == 1
 
 
+def mock(spec: EngineSpec, socket: str) -> list[str]:
+    """The real engine process over the mock device."""
+    config = msgspec.json.encode({"model": "mock", "engine_id": spec.engine_id, "mock": {"scale": 0.1}}).decode()
+    return [sys.executable, "-m", "sagellm_core.server", "--config", config, "--socket", socket]
+
+
+async def test_kv_hand_over_between_processes(options):
+    """One engine process computes a prompt, another gets its blocks through shared memory and draws the same tokens."""
+    driver = ProcessDriver(mock, options)
+    one, other = await asyncio.gather(*(driver.start_engine(spec(name), Listener()) for name in ("p", "d")))
+    assert isinstance(one, KVTransferClient)
+    prompt = tuple(range(100))
+    prefill = EngineRequest(request_id="a", prompt_token_ids=prompt, sampling=SamplingParams(seed=7, max_tokens=9))
+    expected = [t async for delta in one.stream(prefill) for t in delta.token_ids]
+    imported = await other.import_kv(await one.export_kv(KVExportRequest(token_ids=prompt)))
+    assert imported.stored == 6
+    deltas = [delta async for delta in other.stream(prefill)]
+    assert max(delta.cached_tokens for delta in deltas) == 96
+    assert [t for delta in deltas for t in delta.token_ids] == expected
+    with pytest.raises(KVTransferError, match="no full block"):
+        await one.export_kv(KVExportRequest(token_ids=(9,) * 50))
+    await driver.close()
+
+
 async def test_mock_engine_survives_kill_9(options):
     """The real engine process over the mock device is killed in mid-stream; its successor draws the same tokens, blocks all free."""
-
-    def mock(spec: EngineSpec, socket: str) -> list[str]:
-        config = msgspec.json.encode({"model": "mock", "engine_id": spec.engine_id, "mock": {"scale": 0.1}}).decode()
-        return [sys.executable, "-m", "sagellm_core.server", "--config", config, "--socket", socket]
-
     driver, listener = ProcessDriver(mock, options), Listener()
     client = await driver.start_engine(spec(), listener)
     pid = (await listener.ready.get())[2]
