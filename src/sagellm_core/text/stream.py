@@ -27,7 +27,7 @@ class StopMatcher:
     """Finds stop strings across pieces; linear time (Knuth, Morris & Pratt, 1977).
 
     The first stop string to be complete wins, of two that end together the longer one. The result does not depend on how the
-    text is cut.
+    text is cut. After a match, `matched` is the string and `rest` what follows it in the same piece.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -36,6 +36,7 @@ class StopMatcher:
         self._states = [0] * len(self._stops)
         self._held = ""
         self.matched: str | None = None
+        self.rest = ""
 
     def push(self, text: str) -> str:
         """Return what of the text so far is certainly output. After a match, `matched` is set and nothing more comes."""
@@ -47,7 +48,7 @@ class StopMatcher:
         for index in range(start, len(buffer)):
             stop = self._advance(buffer[index])
             if stop is not None:
-                self.matched, self._held = stop, ""
+                self.matched, self._held, self.rest = stop, "", buffer[index + 1 :]
                 return buffer[: index + 1 - len(stop)]
         keep = len(buffer) - max(self._states)
         self._held = buffer[keep:]
