@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from sagellm_backend.spec import DecoderSpec
     from sagellm_backend.tensors import Weights
     from sagellm_core.engine import Engine
+    from sagellm_core.request import GrammarCompiler
     from sagellm_core.speculation import Speculator
+    from sagellm_core.text.tokenizer import TextTokenizer
 
 __all__ = ["build_engine", "plan_engine"]
 
@@ -84,7 +86,8 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = monotonic
             model_path="" if config.is_mock else config.model,
         )
         undo.pop_all()
-        return Engine(runner, settings, clock=clock, speculator=speculator, spill=spill)
+        grammars = _grammars(config, model.spec)
+        return Engine(runner, settings, clock=clock, grammars=grammars, speculator=speculator, spill=spill)
 
 
 def _backend(config: EngineConfig) -> Backend:
@@ -149,6 +152,22 @@ def _options(config: EngineConfig, plan: MemoryPlan) -> LoadOptions:
         kv_dtype=config.device.kv_dtype,
         cache_dir=config.device.cache_dir,
     )
+
+
+def _grammars(config: EngineConfig, spec: DecoderSpec) -> GrammarCompiler:
+    """The tokenizer is loaded with the first grammar, so this costs nothing where none is used."""
+    from sagellm_core.grammar import LLGuidanceCompiler
+
+    def tokenizer() -> TextTokenizer:
+        if config.is_mock:
+            from sagellm_core.text.bytes_model import ByteChatModel
+
+            return ByteChatModel(config.served_id, spec.context_length).tokenizer
+        from sagellm_core.text.load import load_tokenizer
+
+        return load_tokenizer(config.model)
+
+    return LLGuidanceCompiler(tokenizer, spec.vocab_size)
 
 
 def _speculator(config: EngineConfig, plan: MemoryPlan, backend: Backend, spec: DecoderSpec) -> Speculator | None:

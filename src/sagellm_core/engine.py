@@ -215,6 +215,8 @@ class Engine:
         """Give the device back. Idempotent."""
         self._fail_all(UnavailableError("the engine was closed"))
         self._pooler.fail_all(UnavailableError("the engine was closed"))
+        if self._grammars is not None:
+            self._grammars.close()
         if self._speculator is not None:
             self._speculator.close()
         if self._spill is not None:

@@ -53,6 +53,10 @@ class GrammarCompiler(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Stop compiling. Idempotent."""
+        ...
+
 
 class Phase(Enum):
     """Where a sequence stands."""
