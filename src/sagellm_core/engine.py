@@ -299,17 +299,21 @@ class Engine:
 
         Stops where there is no room.
         """
-        size, stored, present = self._runner.kv.block_bytes, 0, 0
+        size, room, present = self._runner.kv.block_bytes, self._kv.n_available, 0
+        numbers: list[int] = []
+        content: list[memoryview] = []
         for index, (name, parent, token_ids) in enumerate(blocks):
             if self._kv.resident([name]):
                 present += 1
                 continue
-            number = self._kv.insert(name, parent, token_ids)
+            number = self._kv.insert(name, parent, token_ids) if len(numbers) < room else None
             if number is None:
                 break
-            self._runner.kv.import_blocks([number], data[index * size : (index + 1) * size])
-            stored += 1
-        return stored, present
+            numbers.append(number)
+            content.append(memoryview(data)[index * size : (index + 1) * size])
+        if numbers:
+            self._runner.kv.import_blocks(numbers, data if len(numbers) == len(blocks) else b"".join(content))
+        return len(numbers), present
 
     def check_integrity(self) -> None:
         """Check that every block is accounted for: free + cached + used = total.
