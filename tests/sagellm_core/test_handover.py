@@ -162,3 +162,29 @@ def test_ticket_is_consistent():
 def test_shared_directory_is_private():
     """The directory is for this user alone."""
     assert shared_directory().stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.model
+async def test_real_model_is_bit_equal_after_a_hand_over(tmp_path, monkeypatch, default_model_path):
+    """On the native backend tokens and log-probabilities after a hand-over are those of the engine that computed the prompt."""
+    real = {"model": str(default_model_path), "mock": MockOptions()}
+    directory = tmp_path / "kv"
+    directory.mkdir()
+    monkeypatch.setattr(Handover.__init__, "__defaults__", (lambda: directory,))
+    request = EngineRequest(
+        request_id="r",
+        prompt_token_ids=tuple((k * 37) % 40_000 for k in range(70)),
+        sampling=SamplingParams(seed=1, max_tokens=8, temperature=0.0, logprobs=2),
+    )
+    results = []
+    engines = [LocalEngine(build_engine(config(**real))) for _ in range(2)]
+    for k, engine in enumerate(engines):
+        if k:
+            ticket = await engines[0].export_kv(KVExportRequest(token_ids=request.prompt_token_ids))
+            assert (await engine.import_kv(ticket)).stored == 4
+        deltas = [delta async for delta in engine.stream(request)]
+        results.append([(d.token_ids, d.logprobs) for d in deltas])
+        assert max(d.cached_tokens for d in deltas) == 64 * k
+    assert results[0] == results[1]
+    for engine in engines:
+        await engine.close()
