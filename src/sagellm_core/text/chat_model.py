@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from sagellm_core.text.builtin_templates import builtin_template
+from sagellm_core.text.chat_prompt import chat_prompt, constrained_sampling
 from sagellm_core.text.decoder import ChoiceDecoder, spell_logprobs
+from sagellm_core.text.parsing.select import ParserPlan
 from sagellm_core.text.tokenizer import TextTokenizer
 from sagellm_protocol.embedding import EmbeddingRequest, EmbedRequest, ScoreRequest
 from sagellm_protocol.engine import EngineRequest
@@ -33,6 +35,7 @@ class Prepared:
 
     source: GenerationRequest
     engine_requests: tuple[EngineRequest, ...]
+    plan: ParserPlan = field(default_factory=ParserPlan)
 
 
 @dataclass(slots=True)
@@ -62,8 +65,8 @@ class TextChatModel:
         """
         if not 1 <= request.n <= MAX_CHOICES:
             raise InvalidArgumentError(f"n is {request.n}: it must lie in [1, {MAX_CHOICES}]", param="n")
-        prompt, param = self._prompt_ids(request)
-        sampling = self._resolved(request.sampling, len(prompt), param)
+        prompt, param, plan = self._prompt(request)
+        sampling = self._resolved(constrained_sampling(request, plan), len(prompt), param)
         bad = tuple(ids for word in sampling.bad_words for ids in self._bad_word(word))
         requests = tuple(
             EngineRequest(
@@ -81,7 +84,7 @@ class TextChatModel:
             )
             for choice in range(request.n)
         )
-        return Prepared(request, requests)
+        return Prepared(request, requests, plan)
 
     def prepare_embedding(self, request: EmbeddingRequest) -> EmbedRequest:
         """Tokenise texts to embed (`EmbeddingModel`).
@@ -106,21 +109,24 @@ class TextChatModel:
 
         def render(messages: tuple[ChatMessage, ...]) -> list[int]:
             asked = GenerationRequest(
-                request_id=request.request_id, model=self.model_id, messages=messages, reasoning=self._no_thinking()
+                request_id=request.request_id, model=self.model_id, messages=messages, reasoning=False
             )
-            return self._template_ids(asked)
+            return chat_prompt(asked, self._template(False), self.tokenizer)[0]
 
         return prepare_score(request, self.tokenizer, self.context_length, render)
 
     def decoder(self, prepared: PreparedRequest, index: int) -> TextDecoder:
         """Return a fresh decoder for choice `index`."""
         sampling = prepared.source.sampling
+        plan = prepared.plan if isinstance(prepared, Prepared) else ParserPlan()
+        specials = self.tokenizer.specials
         return ChoiceDecoder(
             self.tokenizer.token_bytes,
             index=index,
             stops=sampling.stop,
-            hidden=self.tokenizer.specials.ids,
+            hidden=specials.ids - {specials[text] for text in plan.shown if text in specials},
             min_tokens=sampling.min_tokens,
+            plan=plan,
         )
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
@@ -136,11 +142,16 @@ class TextChatModel:
         """Return a prompt's logprobs with each token's text and bytes filled in."""
         return spell_logprobs(entries, self.tokenizer.token_bytes)
 
-    def _prompt_ids(self, request: GenerationRequest) -> tuple[tuple[int, ...], str]:
+    def _prompt(self, request: GenerationRequest) -> tuple[tuple[int, ...], str, ParserPlan]:
+        """Ids of the prompt, the field that they come from, and how the output is to be read."""
         if (request.messages is None) == (request.prompt is None):
             raise InvalidArgumentError("exactly one of messages and prompt is needed", param="messages")
         if request.messages is not None:
-            return tuple(self._template_ids(request)), "messages"
+            ids, plan = chat_prompt(request, self._template(bool(request.tools)), self.tokenizer)
+            return tuple(ids), "messages", plan
+        for name, value in (("tools", request.tools), ("reasoning", request.reasoning)):
+            if value:
+                raise UnsupportedError(f"{name} goes with messages, not with a raw prompt: leave it out", param=name)
         if isinstance(request.prompt, str):
             # A raw prompt is its author's own template: control tokens in it are meant.
             ids = self.tokenizer.encode(request.prompt, parse_special=True)
@@ -149,28 +160,7 @@ class TextChatModel:
             self._check_ids(ids, "prompt")
         if not ids:
             raise InvalidArgumentError("the prompt is empty: pass at least one token", param="prompt")
-        return tuple(ids), "prompt"
-
-    def _template_ids(self, request: GenerationRequest) -> list[int]:
-        if not request.messages:
-            raise InvalidArgumentError("messages is empty: pass at least one message", param="messages")
-        template = self._template(bool(request.tools))
-        if request.tools and not template.knows_tools:
-            raise UnsupportedError(f"the chat template of {self.model_id} knows no tools: pass none", param="tools")
-        pieces = template.render(
-            request.messages,
-            request.tools,
-            reasoning=request.reasoning,
-            parallel_tool_calls=request.parallel_tool_calls,
-        )
-        ids = self.tokenizer.encode_pieces(pieces)
-        if not ids:
-            raise InvalidArgumentError("the chat template makes nothing of these messages", param="messages")
-        return ids
-
-    def _no_thinking(self) -> bool | None:
-        """False where the template has a switch for it: an answer is wanted at once."""
-        return False if self._template(False).has_thinking_switch else None
+        return tuple(ids), "prompt", ParserPlan()
 
     def _template(self, tools: bool) -> ChatTemplate:
         info = self.tokenizer.info

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from sagellm_core.text.parsing.base import Output
+from sagellm_core.text.parsing.select import ParserPlan
 from sagellm_core.text.stream import StopMatcher, Utf8Stream
 from sagellm_protocol.engine import TokenDelta
 from sagellm_protocol.generation import ChoiceDelta, FinishReason, TokenLogprob
@@ -26,6 +28,7 @@ class ChoiceDecoder:
         stops: Sequence[str] = (),
         hidden: frozenset[int] = frozenset(),
         min_tokens: int = 0,
+        plan: ParserPlan | None = None,
     ) -> None:
         """Begin a choice.
 
@@ -35,9 +38,13 @@ class ChoiceDecoder:
             stops: strings that end the output.
             hidden: ids that are no text (control tokens).
             min_tokens: stop strings are not looked for before that many tokens.
+            plan: how reasoning and tool calls are read; None reads all as text.
         """
         self._spell, self._index, self._hidden, self._min_tokens = spell, index, hidden, min_tokens
         self._utf8, self._stops = Utf8Stream(), StopMatcher(stops)
+        self._plan = plan or ParserPlan()
+        self._calls = self._plan.log()
+        self._parser = self._plan.build(self._calls)
         self._ids: list[int] = []
         self._logprobs: list[TokenLogprob] | None = None
         self._count = 0
@@ -57,10 +64,20 @@ class ChoiceDecoder:
                 text += self._stops.flush()
         if delta.text is not None:  # a foreign engine that speaks text
             text += delta.text
+        out = Output()
+        self._parser.push(text, out)
+        if reason is not None:
+            self._parser.finish(out)
+        reason = self._judged(out, reason)
         self._done = reason is not None
-        if not text and reason is None:
-            return None
-        return self._emit(text, reason)
+        return self._emit(out, reason) if out or self._done else None
+
+    def _judged(self, out: Output, reason: FinishReason | None) -> FinishReason | None:
+        """An answer that calls a tool ends as ``tool_calls``; so it does when a second call begins and one is allowed."""
+        if not self._plan.parallel and self._calls.count > 1:
+            out.calls = [call for call in out.calls if call.index == 0]
+            return "tool_calls"
+        return "tool_calls" if reason == "stop" and self._calls.count else reason
 
     def _tokens(self, delta: TokenDelta) -> list[str]:
         """Take in the delta's tokens up to a stop string; return the text that became certain."""
@@ -78,12 +95,14 @@ class ChoiceDecoder:
                 break
         return out
 
-    def _emit(self, text: str, reason: FinishReason | None) -> ChoiceDelta:
+    def _emit(self, out: Output, reason: FinishReason | None) -> ChoiceDelta:
         ids, logprobs = tuple(self._ids), self._logprobs
         self._ids, self._logprobs = [], None
         return ChoiceDelta(
             index=self._index,
-            text=text,
+            text=out.text,
+            reasoning=out.reasoning,
+            tool_calls=tuple(out.calls),
             token_ids=ids,
             logprobs=None if logprobs is None else tuple(logprobs),
             finish_reason=reason,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal, Protocol
 
 import msgspec
@@ -76,6 +77,12 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         """Ids lie below it."""
         return self.info.vocab_size
+
+    @cached_property
+    def marks(self) -> frozenset[str]:
+        """Texts of all control and user-defined tokens."""
+        literals = (self.token_bytes(i).decode("utf-8", "replace") for i in self.info.literals)
+        return frozenset([*(token.content for token in self.info.specials), *literals])
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
         """Text -> ids; special tokens written in `text` stay text unless `parse_special`."""

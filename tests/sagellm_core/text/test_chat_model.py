@@ -13,7 +13,7 @@ from sagellm_core.text import TextChatModel, load_chat_model
 from sagellm_core.text.bytes_model import ByteChatModel
 from sagellm_core.text.chat_model import derived_seed
 from sagellm_protocol.errors import ContextLengthError, InvalidArgumentError, ModelFileError, UnsupportedError
-from sagellm_protocol.generation import ChatMessage, FunctionSpec, GenerationRequest
+from sagellm_protocol.generation import ChatMessage, GenerationRequest
 from sagellm_protocol.ports import ChatModel
 from sagellm_protocol.sampling import SamplingParams
 
@@ -110,13 +110,6 @@ def test_wrong_requests_name_the_field(chat_model: TextChatModel, changes: dict[
     with pytest.raises(InvalidArgumentError) as caught:
         chat_model.prepare(_chat(**changes))
     assert caught.value.param == param
-
-
-def test_tools_without_a_template_for_them_are_refused(chat_model: TextChatModel) -> None:
-    """A template that knows no tools refuses them by name instead of dropping them."""
-    with pytest.raises(UnsupportedError) as caught:
-        chat_model.prepare(_chat(tools=(FunctionSpec(name="f"),)))
-    assert caught.value.param == "tools"
 
 
 def test_bad_words_become_ids(chat_model: TextChatModel) -> None:

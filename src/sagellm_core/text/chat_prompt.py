@@ -1,0 +1,103 @@
+"""From a conversation to the ids of a prompt, and how the answer to it is to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from sagellm_core.text.parsing.select import ParserPlan, ToolFormat, reasoning_marks, tool_format
+from sagellm_core.text.tokenizer import TextTokenizer
+from sagellm_core.text.tool_prompt import call_grammar, chosen_tools, with_tool_prompt
+from sagellm_protocol.errors import InvalidArgumentError, UnsupportedError
+from sagellm_protocol.generation import ChatMessage, FunctionSpec, GenerationRequest
+from sagellm_protocol.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from sagellm_core.text.template import ChatTemplate
+
+__all__ = ["chat_prompt", "constrained_sampling"]
+
+_TAIL = 16
+
+
+def chat_prompt(
+    request: GenerationRequest, template: ChatTemplate, tokenizer: TextTokenizer
+) -> tuple[list[int], ParserPlan]:
+    """Render and tokenise a conversation.
+
+    Raises:
+        InvalidArgumentError: empty messages, or messages that the template refuses; a tool choice without its tool.
+        UnsupportedError: reasoning from a model that does not reason, or together with a grammar.
+    """
+    if not request.messages:
+        raise InvalidArgumentError("messages is empty: pass at least one message", param="messages")
+    tools = chosen_tools(request.tools, request.tool_choice)
+    forced = bool(tools) and request.tool_choice != "auto"
+    marks = reasoning_marks(template.source, tokenizer.marks)
+    thinks = _thinks(request, template, marks, constrained=forced or request.sampling.grammar is not None)
+    messages: Sequence[ChatMessage] = request.messages
+    if not template.knows_tools:
+        messages = with_tool_prompt(messages, tools)
+    pieces = template.render(
+        messages,
+        tools if template.knows_tools else (),
+        reasoning=thinks,
+        parallel_tool_calls=request.parallel_tool_calls,
+    )
+    ids = tokenizer.encode_pieces(pieces)
+    if not ids:
+        raise InvalidArgumentError("the chat template makes nothing of these messages", param="messages")
+    opened = marks is not None and tokenizer.decode(ids[-_TAIL:]).rstrip().endswith(marks[0])
+    if marks is not None and opened and thinks is False:
+        # The template thinks whether it is told to or not: close what it opened.
+        ids += tokenizer.encode_pieces([0, *tokenizer.specials.split(f"{marks[1]}\n\n")])[1:]
+        opened = False
+    plan = ParserPlan(
+        tools=_tool_format(template, tokenizer, tools, forced=forced),
+        names=frozenset(tool.name for tool in tools),
+        reasoning=marks if opened or thinks is not False else None,
+        opened=opened,
+        parallel=request.parallel_tool_calls,
+    )
+    return ids, plan
+
+
+def constrained_sampling(request: GenerationRequest, plan: ParserPlan) -> SamplingParams:
+    """Return the request's sampling, with the grammar of a forced call.
+
+    Raises:
+        InvalidArgumentError: a forced call together with a grammar.
+    """
+    if plan.tools != "forced":
+        return request.sampling
+    if request.sampling.grammar is not None:
+        raise InvalidArgumentError(
+            "a forced tool call and a grammar exclude each other: leave one of them out", param="tool_choice"
+        )
+    grammar = call_grammar(chosen_tools(request.tools, request.tool_choice))
+    return msgspec.structs.replace(request.sampling, grammar=grammar)
+
+
+def _thinks(
+    request: GenerationRequest, template: ChatTemplate, marks: tuple[str, str] | None, *, constrained: bool
+) -> bool | None:
+    """What to tell the template: the request's wish; no reasoning where a grammar begins with the first token."""
+    if request.reasoning and marks is None and not template.has_thinking_switch:
+        raise UnsupportedError(f"{request.model} does not reason: leave reasoning out", param="reasoning")
+    if not constrained:
+        return request.reasoning
+    if request.reasoning:
+        raise UnsupportedError("reasoning cannot be combined with a grammar or a forced call", param="reasoning")
+    return False if marks is not None else None
+
+
+def _tool_format(
+    template: ChatTemplate, tokenizer: TextTokenizer, tools: Sequence[FunctionSpec], *, forced: bool
+) -> ToolFormat:
+    if not tools:
+        return "none"
+    if forced:
+        return "forced"
+    return tool_format(template.source, tokenizer.marks) if template.knows_tools else "generic"
