@@ -103,6 +103,8 @@ class StepBatch:
             computed and `logit_rows` may be as many as the rows (embeddings).
         want_logits: also return the raw logits (tests, scoring).
         want_hidden: also return the final-norm hidden state of each of `logit_rows` (embeddings).
+        adapters: int32[sequences], the number of each sequence's adapter (see `sagellm_backend.adapter`) or -1; None is -1 for
+            all. A runner that takes no adapters refuses others than None with ValueError.
     """
 
     token_ids: Int32
@@ -113,6 +115,7 @@ class StepBatch:
     sampling: Sequence[RowSampling]
     want_logits: bool = False
     want_hidden: bool = False
+    adapters: Int32 | None = None
 
     @property
     def positions(self) -> Int32:

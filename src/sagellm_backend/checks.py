@@ -46,6 +46,8 @@ def check_batch(batch: StepBatch, spec: DecoderSpec, options: LoadOptions) -> No
         raise ValueError(f"a token id lies outside the vocabulary of {spec.vocab_size}")
     if sequences and batch.starts.min() < 0:
         raise ValueError("a sequence starts at a negative position")
+    if batch.adapters is not None and batch.adapters.size != sequences:
+        raise ValueError(f"{batch.adapters.size} adapters for {sequences} sequences: give one of each, -1 for none")
     _check_blocks(batch, options.n_blocks)
     _check_logit_rows(batch, rows, options.max_logit_rows)
 

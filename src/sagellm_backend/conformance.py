@@ -20,8 +20,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from sagellm_backend.adapter import Adapter, AdapterRunner
 from sagellm_backend.base import BLOCK_SIZE, Backend, LoadOptions, RowSampling, Runner, StepBatch, StepResult
-from sagellm_backend.conformance_specs import SPECS, random_ids, random_weights
+from sagellm_backend.conformance_specs import SPECS, random_adapter, random_ids, random_weights
 from sagellm_backend.quant import dequantize, quantize
 from sagellm_backend.reference import ReferenceBackend
 from sagellm_backend.sampling import log_softmax, sample_rows
@@ -91,7 +92,11 @@ class SequenceRun:
 
 
 def run_batch(
-    parts: Sequence[tuple[SequenceRun, Sequence[int]]], rows: Sequence[RowSampling], *, want_hidden: bool = False
+    parts: Sequence[tuple[SequenceRun, Sequence[int]]],
+    rows: Sequence[RowSampling],
+    *,
+    want_hidden: bool = False,
+    adapters: Int32 | None = None,
 ) -> StepResult:
     """Run one step with a chunk of each sequence; logits of each chunk's last row."""
     lengths = np.array([len(ids) for _, ids in parts], np.int32)
@@ -108,6 +113,7 @@ def run_batch(
         sampling=rows,
         want_logits=bool(rows),
         want_hidden=want_hidden,
+        adapters=adapters,
     )
     result = parts[0][0].runner.step(batch)
     for run, ids in parts:
@@ -322,6 +328,44 @@ def hidden_states_match_reference(kit: Kit) -> None:
     runner.close()
 
 
+def adapters_act_as_merged_weights(kit: Kit) -> None:
+    """Sequences with two adapters and with none, in one batch, give what models with the merged weights give.
+
+    A backend without `AdapterRunner` must refuse a batch that names an adapter.
+    """
+    spec = kit.plain
+    weights = random_weights(spec)
+    runner = kit.load(spec, weights)
+    ids = [random_ids(spec, n, seed=n) for n in (20, 33, 7, 1)]
+    numbers = np.array([4, -1, 2, 4], np.int32)
+    if not isinstance(runner, AdapterRunner):
+        run = SequenceRun(runner, [0, 1])
+        _refused(lambda: run_batch([(run, ids[0])], [GREEDY], adapters=numbers[:1]), "a batch with an adapter")
+        return
+    adapters = {number: random_adapter(spec, seed=number) for number in (2, 4)}
+    for number, adapter in adapters.items():
+        runner.load_adapter(number, adapter)
+    runs = [SequenceRun(runner, range(3 * i, 3 * i + 3)) for i in range(4)]
+    for step in range(2):
+        parts = [(run, part if step == 0 else [7]) for run, part in zip(runs, ids, strict=True)]
+        logits = run_batch(parts, [GREEDY] * 4, adapters=numbers).logits
+        assert logits is not None
+        for i, number in enumerate(numbers.tolist()):
+            merged = weights if number < 0 else _merged(weights, adapters[number])
+            want = SequenceRun(kit.reference(spec, merged), range(3)).feed(ids[i] + [7] * step)
+            _close(kit, logits[i], want, f"sequence {i} with adapter {number}, step {step}")
+    runner.unload_adapter(2)
+    _refused(lambda: run_batch([(runs[2], [1])], [GREEDY], adapters=np.array([2], np.int32)), "an unloaded adapter")
+    broken = Adapter("broken", {"0.q": (np.zeros((2, 3), np.float32), np.zeros((3, 2), np.float32))})
+    _refused(lambda: runner.load_adapter(2, broken), "an adapter of another shape", "0.q")
+    runner.close()
+
+
+def _merged(weights: Weights, adapter: Adapter) -> Weights:
+    changed = {slot: Tensor.of(dequantize(weights[slot]) + b @ a) for slot, (a, b) in adapter.factors.items()}
+    return {**weights, **changed}
+
+
 def weights_are_checked(kit: Kit) -> None:
     """A missing slot and a slot of another shape raise ValueError that names the slot."""
     spec = kit.plain
@@ -404,6 +448,7 @@ CHECKS: tuple[Callable[[Kit], None], ...] = (
     blocks_refuse_bad_content,
     draws_match_reference,
     hidden_states_match_reference,
+    adapters_act_as_merged_weights,
     weights_are_checked,
     batches_are_checked,
     accounting_is_exact,

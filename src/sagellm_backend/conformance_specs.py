@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from sagellm_backend.adapter import ADAPTED, Adapter
 from sagellm_backend.spec import DecoderSpec, ExpertSpec, RopeSpec
 from sagellm_backend.tensors import Tensor, Weights
 
-__all__ = ["SPECS", "random_ids", "random_weights"]
+__all__ = ["SPECS", "random_adapter", "random_ids", "random_weights"]
 
 _HEAD = 32
 _BASE = DecoderSpec(
@@ -110,6 +111,17 @@ def _draw(slot: str, shape: tuple[int, ...]) -> _Draw:
     if slot == "embed":
         return _Draw(0.0, 0.2)
     return _Draw(0.0, 1.2 / math.sqrt(shape[-1]))
+
+
+def random_adapter(spec: DecoderSpec, seed: int = 0, rank: int = 4) -> Adapter:
+    """Return an adapter of all dense weights whose effect is plain to see."""
+    rng = np.random.default_rng(seed)
+    factors = {}
+    for slot, shape in spec.slots().items():
+        if slot.partition(".")[2] in ADAPTED:
+            a = rng.standard_normal((rank, shape[1]), dtype=np.float32) / np.float32(math.sqrt(shape[1]))
+            factors[slot] = (a, rng.standard_normal((shape[0], rank), dtype=np.float32) * np.float32(0.2))
+    return Adapter(f"random-{seed}", factors)
 
 
 def random_ids(spec: DecoderSpec, count: int, seed: int = 0) -> list[int]:

@@ -177,6 +177,8 @@ class MockRunner:
     def step(self, batch: StepBatch) -> StepResult:
         """Write the rows' ids to their blocks, then draw from logits that depend on what the blocks hold."""
         check_batch(batch, self._spec, self._options)
+        if batch.adapters is not None and (batch.adapters >= 0).any():
+            raise ValueError("a sequence names an adapter: the simulated device takes none")
         seconds = self._latency.of(batch.lengths)
         positions = batch.positions
         owners = np.repeat(np.arange(batch.lengths.size), batch.lengths)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from sagellm_backend.adapter import Adapter, check_adapter
 from sagellm_backend.base import BLOCK_SIZE, Capability, LoadOptions, MemoryInfo, StepBatch, StepResult
 from sagellm_backend.blas import set_blas_threads
 from sagellm_backend.checks import check_batch, check_weights
@@ -183,6 +184,7 @@ class ReferenceRunner:
         self._weights = weights
         self._options = options
         self._kv = kv
+        self._adapters: dict[int, Adapter] = {}
 
     @property
     def spec(self) -> DecoderSpec:
@@ -200,9 +202,29 @@ class ReferenceRunner:
         return sum(array.nbytes for array in self._weights.values())
 
     def close(self) -> None:
-        """Drop the weights and the cache."""
+        """Drop the weights, the adapters and the cache."""
         self._weights = {}
+        self._adapters = {}
         self._kv = ReferenceKV(self._spec, 0, self._kv.block_bytes)
+
+    def load_adapter(self, number: int, adapter: Adapter) -> None:
+        """Make `adapter` known as `number` (`AdapterRunner`).
+
+        Raises:
+            ValueError: it does not fit the model, or the number is in use.
+        """
+        if number < 0 or number in self._adapters:
+            raise ValueError(f"adapter number {number} is negative or in use")
+        check_adapter(self._spec, adapter)
+        self._adapters[number] = adapter
+
+    def unload_adapter(self, number: int) -> None:
+        """Forget an adapter.
+
+        Raises:
+            KeyError: there is none of that number.
+        """
+        del self._adapters[number]
 
     def step(self, batch: StepBatch) -> StepResult:
         """Run one forward pass, write the rows' KV, draw the wanted tokens.
@@ -214,7 +236,7 @@ class ReferenceRunner:
         if not self._weights:
             raise RuntimeError("the runner is closed")
         check_batch(batch, self._spec, self._options)
-        rows = _Rows(batch)
+        rows = _Rows(batch, self._adapters)
         x = self._weights["embed"][batch.token_ids] * np.float32(self._spec.embed_scale)
         for layer in range(self._spec.n_layers):
             x = self._block(layer, x, rows)
@@ -249,7 +271,12 @@ class ReferenceRunner:
 
     def _linear(self, layer: int, name: str, x: Float32, rows: _Rows) -> Float32:
         slot = f"{layer}.{name}"
-        return rows.tiling.linear(x, self._weights[slot], self._weights.get(f"{slot}_bias"))
+        out = rows.tiling.linear(x, self._weights[slot], self._weights.get(f"{slot}_bias"))
+        for adapter, takers, tiling in rows.adapted:
+            if slot in adapter.factors:
+                a, b = adapter.factors[slot]
+                out[takers] += tiling.linear(tiling.linear(x[takers], a), b)
+        return out
 
     def _attention(self, layer: int, x: Float32, rows: _Rows) -> Float32:
         spec, rope = self._spec, self._spec.rope_of(layer)
@@ -297,9 +324,9 @@ class ReferenceRunner:
 
 
 class _Rows:
-    """Where the rows of a batch lie: position, KV slot, tile and sequence."""
+    """Where the rows of a batch lie: position, KV slot, tile and sequence; and which rows use which adapter."""
 
-    def __init__(self, batch: StepBatch) -> None:
+    def __init__(self, batch: StepBatch, adapters: Mapping[int, Adapter]) -> None:
         self.positions = batch.positions
         self.tiling = Tiling(self.positions)
         sequence_of_row = np.repeat(np.arange(batch.lengths.size), batch.lengths)
@@ -310,3 +337,19 @@ class _Rows:
             (slice(int(end - length), int(end)), table, int(start))
             for table, start, length, end in zip(batch.block_tables, batch.starts, batch.lengths, ends, strict=True)
         ]
+        self.adapted = self._adapted(batch, sequence_of_row, adapters)
+
+    def _adapted(
+        self, batch: StepBatch, sequence_of_row: npt.NDArray[np.int64], adapters: Mapping[int, Adapter]
+    ) -> list[tuple[Adapter, npt.NDArray[np.int64], Tiling]]:
+        """Each adapter in use with its rows."""
+        if batch.adapters is None:
+            return []
+        numbers = batch.adapters[sequence_of_row]
+        out = []
+        for number in np.unique(numbers[numbers >= 0]).tolist():
+            if number not in adapters:
+                raise ValueError(f"a sequence uses adapter {number}, which is not loaded")
+            takers = np.flatnonzero(numbers == number)
+            out.append((adapters[number], takers, self.tiling.of(takers)))
+        return out

@@ -116,6 +116,8 @@ class CpuRunner:
             ValueError: the batch does not add up or names what is not there; nothing was computed then.
             RuntimeError: the runner is closed.
         """
+        if batch.adapters is not None and (batch.adapters >= 0).any():
+            raise ValueError("a sequence names an adapter: the native backend takes none; use --backend reference")
         token_ids, logprobs, top_ids, top_logprobs, logits, hidden = self._open.step(
             _int32(batch.token_ids),
             _int32(batch.starts),
