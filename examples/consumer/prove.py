@@ -88,10 +88,10 @@ def run_application(app: Path, engine_port: int, path: list[Path]) -> subprocess
     with running(argv, f"http://127.0.0.1:{port}/ready", env=env) as errors:
         cli = [sys.executable, "-m", "consumer.cli", f"http://127.0.0.1:{port}"]
         done = subprocess.run(cli, env=env, capture_output=True, text=True, check=False, timeout=60)
+        done.stderr += errors.read_text()
     if done.returncode:
         print(done.stdout, done.stderr)
     expect("the application answers", done.returncode == 0)
-    done.stderr += errors.read_text()
     return done
 
 
