@@ -1,0 +1,92 @@
+"""Guessing: what is looked up, how far ahead, and what is learned."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sagellm_core.request import SequenceState
+from sagellm_core.scheduler import Work
+from sagellm_core.speculation import NgramSpeculator
+from sagellm_protocol.engine import EngineRequest
+from sagellm_protocol.sampling import SamplingParams
+
+
+def sequence(tokens):
+    request = EngineRequest(
+        request_id="r", prompt_token_ids=tuple(tokens), sampling=SamplingParams(max_tokens=1000, seed=0)
+    )
+    seq = SequenceState.of(request, arrival=1, now=0.0, ageing_s=1.0, root=b"")
+    seq.computed = len(tokens) - 1
+    return seq
+
+
+def guess(speculator, seq, n):
+    work = Work(seq, seq.computed, 1, n)
+    speculator.propose([work])
+    return work
+
+
+def test_what_followed_the_tail_before_is_guessed_to_follow_again():
+    """The longest tail that occurred before decides, its latest occurrence first."""
+    speculator = NgramSpeculator(4, 3, 1)
+    assert guess(speculator, sequence([1, 2, 3, 9, 8, 1, 2, 3]), 3).draft == [9, 8, 1]
+    assert guess(NgramSpeculator(4, 3, 1), sequence([2, 5, 1, 2, 7, 2]), 1).draft == [7]
+
+
+def test_a_loop_is_continued_beyond_its_end():
+    """A guess that runs past the newest token goes on in itself."""
+    assert guess(NgramSpeculator(8, 2, 1), sequence([1, 2, 1, 2]), 6).draft == [1, 2, 1, 2, 1, 2]
+
+
+def test_nothing_is_guessed_without_a_precedent():
+    """A tail that never occurred gives no guess."""
+    assert guess(NgramSpeculator(4, 3, 2), sequence([1, 2, 3, 4]), 4).draft == []
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 5))
+def test_lookup_equals_a_plain_search(tokens, n):
+    """The incremental index finds what a search through the whole sequence finds."""
+    speculator = NgramSpeculator(8, 3, 1)
+    seq = sequence(tokens[:1])
+    for end in range(1, len(tokens) + 1):
+        seq.tokens = tokens[:end]
+        assert guess(speculator, seq, n).draft == plain(tokens[:end], n)
+
+
+def plain(tokens, n):
+    for size in (3, 2, 1):
+        tail = tokens[-size:]
+        for start in range(len(tokens) - 1, size - 1, -1):
+            if len(tail) == size and tokens[start - size : start] == tail:
+                return [tokens[start + ahead % (len(tokens) - start)] for ahead in range(n)]
+    return []
+
+
+def test_guesses_grow_while_they_hold_and_pause_while_they_do_not():
+    """The length adapts to what was accepted; after misses there are steps without a guess."""
+    speculator = NgramSpeculator(8, 3, 1)
+    seq = sequence([1, 2, 1, 2])
+    wants = []
+    for _ in range(4):
+        speculator.plan([seq])
+        wants.append(seq.want_draft)
+        speculator.observe(guess(speculator, seq, seq.want_draft), seq.want_draft)
+    assert wants == [4, 6, 8, 8]
+    tried = 0
+    for _ in range(60):
+        speculator.plan([seq])
+        if seq.want_draft:
+            tried += 1
+            speculator.observe(guess(speculator, seq, seq.want_draft), 0)
+    assert seq.want_draft <= 2
+    assert 3 <= tried <= 12
+
+
+def test_an_ended_sequence_is_forgotten():
+    """No state stays behind."""
+    speculator = NgramSpeculator(8)
+    seq = sequence([1, 2, 1, 2])
+    speculator.plan([seq])
+    guess(speculator, seq, 2)
+    speculator.forget(seq)
+    assert not speculator._indexes
+    assert not speculator._lengths._of
