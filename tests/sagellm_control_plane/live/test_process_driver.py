@@ -160,7 +160,7 @@ async def test_mock_engine_survives_kill_9(options):
     whole = EngineRequest(request_id="a", prompt_token_ids=(72, 105), sampling=sampling)
     expected = [t async for delta in client.stream(whole) for t in delta.token_ids]
     stream, seen = client.stream(msgspec.structs.replace(whole, request_id="b")), []
-    with pytest.raises(EngineDiedError):  # noqa: PT012
+    with pytest.raises(EngineDiedError):
         async for delta in stream:
             seen += delta.token_ids
             if len(seen) > 20:

@@ -132,7 +132,7 @@ async def test_end_of_file_is_engine_died(tmp_path):
 
         async def one(request_id: str) -> list[int]:
             seen = []
-            with pytest.raises(EngineDiedError, match="'e' broke"):  # noqa: PT012
+            with pytest.raises(EngineDiedError, match="'e' broke"):
                 async for delta in client.stream(request(request_id)):
                     seen += delta.token_ids
             return seen
