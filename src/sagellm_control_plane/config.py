@@ -92,8 +92,10 @@ class AdmissionConfig(msgspec.Struct, frozen=True, kw_only=True):
             that it never idles.
         hold_above_s: predicted wait on every engine above which requests are held centrally instead of sent.
         slo: refuse what is predicted to miss it; None lets everything queue.
-        reserve: share of the waiting budget that bands less urgent than HIGH may not use.
+        reserve: share of the engines that bands less urgent than HIGH may not use while urgent requests come.
         slack: a request is refused when its predicted time to the first token is above ``slo.ttft_s * slack``.
+        pressure: share of the objective that requests wait on average before their own prefill, from which on predicted misses
+            are refused; below it they are let in late, since they harm nobody.
         cold_wait_s: how long a new request waits for an engine that is starting; 0 refuses it at once.
     """
 
@@ -103,6 +105,7 @@ class AdmissionConfig(msgspec.Struct, frozen=True, kw_only=True):
     slo: SLO | None = None
     reserve: float = 0.1
     slack: float = 1.0
+    pressure: float = 0.05
     cold_wait_s: float = 0.0
 
 

@@ -6,7 +6,7 @@ import itertools
 import random
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -39,6 +39,9 @@ from sagellm_protocol.generation import GenerationEvent, GenerationRequest
 from sagellm_protocol.ports import ChatModel, EmbeddingModel, EngineClient
 from sagellm_protocol.types import Request, Response, StreamEvent
 
+if TYPE_CHECKING:
+    from sagellm_control_plane.live.store import Store
+
 __all__ = ["ControlPlaneManager"]
 
 
@@ -57,6 +60,7 @@ class ControlPlaneManager:
         driver: starts and stops engines; None if none are to be started from here.
         catalog: which models can be started.
         client_factory: makes clients for engines that are registered by address; the default speaks OpenAI's API over HTTP.
+        store: what survives a crash: registered engines, and those that `driver` runs; give the driver the same one.
         decision_log: a binary file to which events and decisions are written.
         seed: of the decisions that draw.
 
@@ -78,6 +82,7 @@ class ControlPlaneManager:
         driver: LifecycleDriver | None = None,
         catalog: ModelCatalog | None = None,
         client_factory: ClientFactory | None = None,
+        store: Store | None = None,
         decision_log: IO[bytes] | None = None,
         seed: int | None = None,
     ) -> None:
@@ -99,6 +104,7 @@ class ControlPlaneManager:
             catalog=catalog,
             client_factory=client_factory or foreign_engine,
             restart=restart_policy or RestartPolicy(enabled=auto_restart, max_attempts=max_restart_attempts),
+            store=store,
         )
         self._driver = driver
         self._requests = RequestTable()
@@ -110,10 +116,11 @@ class ControlPlaneManager:
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Begin to watch engines. Idempotent; embedded use works the same."""
+        """Take over what an earlier control plane on the same store left, and begin to watch engines. Idempotent."""
         if self._started_at is None:
             self._started_at = time.monotonic()
             self._stopping = False
+            await self._engines.recover()
             self._prober.start()
 
     async def stop(self, *, grace_s: float = 0.0) -> None:

@@ -89,6 +89,7 @@ class ControlState:
         self.view = ClusterView(config.slo)
         self.ledger = Ledger()
         self.stats = Stats()
+        self.admission = admission.Admission(config.admission)
         self.counters = TokenCounters(config.fairness)
         self._rng = rng
         self._policy = policy_named(config.scheduling_policy)
@@ -233,7 +234,7 @@ class ControlState:
                 return self._no_engine(record, now)
             decision = self._decide(request, now)
             if decision is not None:
-                late = admission.misses(self.config.admission, request, decision, now)
+                late = self.admission.judge(request, decision, now)
                 if late is not None:
                     return self._refuse(request, admission.refusal(request, late))
                 self._records[request.request_id] = record
@@ -283,6 +284,7 @@ class ControlState:
         candidates = self.view.candidates(request, now, self._rng)
         if not candidates:
             return None
+        candidates = self.admission.narrow(candidates, request, now)
         narrowed = self._policy.narrow(self.view, request, candidates, now)
         if not narrowed:
             return None
@@ -497,7 +499,7 @@ class ControlState:
                 break
             queue.remove(request.request_id)
             record = self._records[request.request_id]
-            late = admission.misses(self.config.admission, request, decision, now)
+            late = self.admission.judge(request, decision, now)
             if late is not None:
                 del self._records[request.request_id]
                 commands += self._refuse(request, admission.refusal(request, late))

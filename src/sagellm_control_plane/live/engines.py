@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -20,6 +20,7 @@ from sagellm_control_plane.live.lifecycle import (
     RestartPolicy,
 )
 from sagellm_control_plane.live.probes import Prober
+from sagellm_control_plane.live.recovery import EngineBook
 from sagellm_control_plane.live.registry import Engine
 from sagellm_control_plane.types import EngineInfo, EngineState
 from sagellm_protocol.errors import (
@@ -30,6 +31,9 @@ from sagellm_protocol.errors import (
     UnsupportedError,
 )
 from sagellm_protocol.ports import ChatModel, EmbeddingModel, EngineClient
+
+if TYPE_CHECKING:
+    from sagellm_control_plane.live.store import EngineRecord, Store
 
 __all__ = ["Engines"]
 
@@ -48,7 +52,9 @@ class Engines:
         catalog: ModelCatalog | None,
         client_factory: ClientFactory,
         restart: RestartPolicy,
+        store: Store | None = None,
     ) -> None:
+        self._book = EngineBook(store)
         self._dispatcher = dispatcher
         self._registry = dispatcher.registry
         self._prober = prober
@@ -58,6 +64,7 @@ class Engines:
         self._restart = restart
         self._chat_models: dict[str, ChatModel | EmbeddingModel] = {}
         self._serial = 0
+        self._recovered: dict[str, Engine] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         dispatcher.on_hung = self._on_hung
 
@@ -136,11 +143,13 @@ class Engines:
             self._registry.remove(engine_id)
             raise
         self._chat_models.setdefault(model_id, text_side)
+        self._book.note(info)
         return info
 
     async def unregister(self, engine_id: str) -> EngineInfo:
         """Forget an engine. Requests on it go on elsewhere; one that we started is stopped."""
         engine = self._dispatcher.forget(engine_id)
+        self._book.strike(engine_id)
         await self._let_go(engine, grace_s=0.0)
         return engine.info
 
@@ -167,13 +176,17 @@ class Engines:
         spec = catalog.engine_spec(model_id, engine_id, options)
         # The manager's auto_restart and max_restart_attempts stand above the catalogue's defaults.
         spec = _with_restart(spec, self._restart)
-        info = self._info(engine_id, spec.model_id, spec.kind, {})
-        info.managed = True
-        engine = Engine(info, spec=spec)
-        self._registry.add(engine)
+        recovered = self._recovered.pop(engine_id, None)
+        if recovered is not None and self._registry.find(engine_id) is recovered:
+            if _same_start(recovered.spec, spec):
+                return recovered.info
+            await self.unregister(engine_id)
+        return (await self._start(spec, driver, catalog)).info
+
+    async def _start(self, spec: EngineSpec, driver: LifecycleDriver, catalog: ModelCatalog) -> Engine:
+        engine = await self._expect(spec, catalog)
+        engine_id = spec.engine_id
         try:
-            if spec.model_id not in self._chat_models:
-                self._chat_models[spec.model_id] = await asyncio.to_thread(catalog.chat_model, spec.model_id)
             client = await driver.start_engine(spec, self)
             if engine.description is None:
                 engine.description = await client.describe()
@@ -183,7 +196,46 @@ class Engines:
             raise
         if engine.info.state is not EngineState.READY:
             self._ready(engine, client)
-        return info
+        self._book.note(engine.info, spec)
+        return engine
+
+    async def _expect(self, spec: EngineSpec, catalog: ModelCatalog) -> Engine:
+        """Register an engine that is about to start, or that was found running."""
+        info = self._info(spec.engine_id, spec.model_id, spec.kind, {})
+        info.managed = True
+        engine = Engine(info, spec=spec)
+        self._registry.add(engine)
+        try:
+            if spec.model_id not in self._chat_models:
+                self._chat_models[spec.model_id] = await asyncio.to_thread(catalog.chat_model, spec.model_id)
+        except (SageError, asyncio.CancelledError):
+            self._dispatcher.forget(spec.engine_id)
+            raise
+        return engine
+
+    async def recover(self) -> None:
+        """Take over the engines of a control plane on the same store that was killed; bring back those that have ended."""
+        if not self._book.kept:
+            return
+        driver, catalog = self._driver, self._catalog
+
+        async def found(spec: EngineSpec) -> None:
+            assert catalog is not None
+            self._recovered[spec.engine_id] = await self._expect(spec, catalog)
+
+        async def start(spec: EngineSpec) -> None:
+            self._recovered[spec.engine_id] = await self._start(spec, *self._need_driver())
+
+        if driver is not None and catalog is not None:
+            await driver.adopt(self, found)
+            await asyncio.gather(*self._tasks)
+        records = self._book.missing(lambda engine_id: self._registry.find(engine_id) is not None)
+        await asyncio.gather(
+            *(self._book.bring_back(record, register=self._register_again, start=start) for record in records)
+        )
+
+    def _register_again(self, record: EngineRecord) -> None:
+        self.register(record.engine_id, record.model_id, record.host, record.port, record.kind, record.metadata)
 
     def _need_driver(self) -> tuple[LifecycleDriver, ModelCatalog]:
         if self._driver is None or self._catalog is None:
@@ -264,6 +316,7 @@ class Engines:
             late = UnavailableError(f"engine {engine_id} was drained for {timeout_s:.0f} s and is stopped")
             self._dispatcher.fail_attempts(engine_id, late.to_wire())
         self._dispatcher.set_state(engine, EngineState.STOPPED)
+        self._book.strike(engine_id)
         await self._let_go(engine, grace_s=10.0)
         return engine.info
 
@@ -300,12 +353,18 @@ class Engines:
         for engine in self._registry.all():
             if engine.info.state is not EngineState.STOPPED:
                 self._dispatcher.set_state(engine, EngineState.STOPPED)
+            if engine.spec is not None:
+                self._book.strike(engine.info.engine_id)
         if self._driver is not None:
             await self._driver.close()
         for engine in self._registry.all():
             if engine.client is not None:
                 await engine.client.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _same_start(one: EngineSpec | None, other: EngineSpec) -> bool:
+    return one is not None and msgspec.json.encode(one) == msgspec.json.encode(other)
 
 
 def _with_restart(spec: EngineSpec, restart: RestartPolicy) -> EngineSpec:

@@ -6,7 +6,7 @@ stops it. It reports each of these to a listener; which requests were lost and w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -100,6 +100,15 @@ class LifecycleDriver(Protocol):
         Raises:
             UnavailableError: it ended or did not answer within `spec.ready_timeout_s`; the message has its last words.
             InvalidArgumentError: an engine of that id is running.
+        """
+        ...
+
+    async def adopt(
+        self, listener: LifecycleListener, found: Callable[[EngineSpec], Awaitable[None]]
+    ) -> Sequence[EngineSpec]:
+        """Take over engines that an earlier driver started and could not stop; return how they were started.
+
+        `found` is awaited for each before the listener is told that it is ready; if it raises `SageError` the engine is ended.
         """
         ...
 

@@ -10,7 +10,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from pathlib import Path
 
@@ -203,15 +203,22 @@ class ProcessDriver:
         self._watch(engine)
         return client
 
-    async def adopt(self, listener: LifecycleListener) -> list[EngineSpec]:
+    async def adopt(
+        self, listener: LifecycleListener, found: Callable[[EngineSpec], Awaitable[None]] | None = None
+    ) -> list[EngineSpec]:
         """Take over the engines of a driver on the same store that has ended; return how they were started.
 
-        Each that answers is announced to the listener as ready; one that does not is ended. Engines whose driver lives are left alone.
+        One that does not answer, or for which `found` raises `SageError`, is ended. Engines whose driver lives are left alone.
         """
-        adopted = [await self._adopt(record, listener) for record in self._store.processes()]
+        adopted = [await self._adopt(record, listener, found) for record in self._store.processes()]
         return [spec for spec in adopted if spec is not None]
 
-    async def _adopt(self, record: ProcessRecord, listener: LifecycleListener) -> EngineSpec | None:
+    async def _adopt(
+        self,
+        record: ProcessRecord,
+        listener: LifecycleListener,
+        found: Callable[[EngineSpec], Awaitable[None]] | None,
+    ) -> EngineSpec | None:
         if is_alive(record.owner):
             return None
         if not is_alive(record.identity):
@@ -223,16 +230,19 @@ class ProcessDriver:
         engine = self._new(record.spec, listener)
         engine.address, engine.token, engine.started_at = record.address, record.token, record.started_at
         engine.child = AdoptedProcess(record.pid, record.identity)
-        engine.client = self._client(engine)
+        engine.client = client = self._client(engine)
         try:
-            await asyncio.wait_for(engine.client.connect(), _ADOPT_WAIT_S)
-        except (SageError, asyncio.TimeoutError):
+            await asyncio.wait_for(client.connect(), _ADOPT_WAIT_S)
+            if found is not None:
+                await found(record.spec)
+        except (SageError, asyncio.TimeoutError) as exc:
+            _log.warning("engine %s was left behind and is ended: %s", record.engine_id, exc)
             await self._end_child(engine, 0.0)
             self._store.release(record.engine_id)
             del self._engines[record.engine_id]
             return None
         self._enter(engine, ProcessState.READY)
-        listener.engine_ready(record.engine_id, engine.client, record.pid)
+        listener.engine_ready(record.engine_id, client, record.pid)
         self._watch(engine)
         return record.spec
 

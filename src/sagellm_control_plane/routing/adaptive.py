@@ -1,4 +1,9 @@
-"""Notices the regime and scores accordingly: predicted latency below saturation, cache-keeping throughput above it."""
+"""Predicted latency, and what a placement costs those that come after; the regime decides how much that counts.
+
+The time to prefill a request's uncached part delays the request itself and everything behind it. With idle engines nothing is
+behind it and only its own latency matters; the longer even the shortest queue, the more requests pay for each miss of the
+prefix cache, so that keeping prefixes where they are wins over the shortest wait.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +13,28 @@ from sagellm_control_plane.view import ClusterView, Decision, EngineView, Random
 
 __all__ = ["choose"]
 
-
-from sagellm_control_plane.routing.predicted_latency import cost
+#: Most that a second of prefill is weighed for others, in units of itself.
+CEILING = 3.0
 
 
 def choose(
     view: ClusterView, request: RequestView, candidates: Sequence[EngineView], now: float, rng: RandomSource
 ) -> Decision:
-    """Return the least predicted cost."""
+    """Return the least of predicted TTFT + weight x own prefill + lateness of the decode pace."""
+    slo = view.slo
+    total = request.prompt_tokens + request.emitted
+    backlogs = [engine.backlog(now) for engine in candidates]
+    shortest = min(b / e.latency.prefill_rate for b, e in zip(backlogs, candidates, strict=True))
+    weight = min(1.0 + shortest / slo.ttft_s, CEILING)
     best, best_cost, best_hit = candidates[0], float("inf"), 0
-    for engine in candidates:
+    for engine, backlog in zip(candidates, backlogs, strict=True):
         hit = view.hit_tokens(engine, request)
-        seconds = cost(view, engine, request, hit, now)
-        if seconds < best_cost:
-            best, best_cost, best_hit = engine, seconds, hit
-    return Decision(best, best_hit, best_cost, f"predicted {best_cost * 1000:.0f} ms")
+        uncached = total - hit
+        latency = engine.latency
+        cost = latency.ttft(backlog + uncached, engine.decoding) + weight * uncached / latency.prefill_rate
+        late = latency.tpot(engine.running + 1, engine.context_tokens + total) - slo.tpot_s * 0.9
+        if late > 0.0:
+            cost += late * 100.0
+        if cost < best_cost:
+            best, best_cost, best_hit = engine, cost, hit
+    return Decision(best, best_hit, best_cost, f"cost {best_cost * 1000:.0f} ms, weight {weight:.1f}")
