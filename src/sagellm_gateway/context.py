@@ -267,6 +267,7 @@ class Call:
             )
         length = self.header(b"content-length")
         if length is not None and length.isdigit() and int(length[:20]) > bound:
+            await self._discard()
             raise _too_large(bound)
         first = await self.receive()
         if first["type"] == "http.request" and not first.get("more_body"):
@@ -281,18 +282,32 @@ class Call:
             ) from None
 
     async def _rest(self, message: Message, bound: int) -> bytes:
-        parts, size = [], 0
+        parts: list[bytes] = []
+        size = 0
         while True:
             if message["type"] != "http.request":
                 raise ClientGoneError
             part = message.get("body", b"")
             size += len(part)
             if size > bound:
+                parts.clear()
+                await self._discard()
                 raise _too_large(bound)
             parts.append(part)
             if not message.get("more_body"):
                 return b"".join(parts)
             message = await self.receive()
+
+    async def _discard(self) -> None:
+        """Swallow input for a moment: closing with unread input would reset the connection before the answer is read."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._swallow(), 5.0)
+
+    async def _swallow(self) -> None:
+        while True:
+            message = await asyncio.wait_for(self.receive(), 0.5)
+            if not message.get("more_body"):
+                return
 
     async def json_object(self) -> dict[str, Any]:
         """Read the body as one JSON object; see `sagellm_gateway.jsonbody`."""

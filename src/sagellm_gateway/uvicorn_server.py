@@ -19,6 +19,9 @@ from sagellm_gateway.context import Gateway
 __all__ = ["GatewayServer", "bind", "run", "server_of"]
 
 
+_LINGER_S = 2.0
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 with a deadline and a size bound for the header block, which it lacks."""
 
@@ -30,6 +33,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._header_size = 0
         self._in_headers = True
+        self._discarding = False
         self._header_timer: asyncio.TimerHandle | None = self.loop.call_later(self.header_seconds, self._header_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -39,6 +43,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Count bytes until the header block is complete."""
+        if self._discarding:
+            return
         if self._in_headers:
             self._header_size += len(data)
             if self._header_timer is None:
@@ -92,11 +98,16 @@ class BoundedProtocol(HttpToolsProtocol):
         body = (
             f'{{"error":{{"message":"{message}","type":"invalid_request_error","param":null,"code":"{code}"}}}}'
         ).encode()
+        self._discarding = True
         self.transport.write(
             b"HTTP/1.1 " + status + b"\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: "
             + str(len(body)).encode() + b"\r\n\r\n" + body
         )  # fmt: skip
-        self.transport.close()
+        # Closing with unread input resets the connection, and the client would never see the answer: half-close, swallow
+        # what still comes, and end a little later.
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(_LINGER_S, self.transport.close)
 
 
 class GatewayServer(uvicorn.Server):

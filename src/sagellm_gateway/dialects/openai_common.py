@@ -138,10 +138,12 @@ def sampling_of(
         given["stop"] = _stop(fields.stop, limits)
     if fields.logit_bias:
         given["logit_bias"] = _logit_bias(fields.logit_bias)
+    if fields.allowed_token_ids == []:
+        raise InvalidArgumentError("allowed_token_ids is empty: nothing could be drawn", param="allowed_token_ids")
     if max_tokens is not None:
-        if max_tokens < 1:
+        if not 1 <= max_tokens < 2**31:
             raise InvalidArgumentError(
-                f"{max_tokens_name} is {max_tokens}: it must be at least 1", param=max_tokens_name
+                f"{max_tokens_name} is {max_tokens}: it must be 1 to {2**31 - 1}", param=max_tokens_name
             )
         given["max_tokens"] = max_tokens
     if logprobs is not None:

@@ -88,7 +88,11 @@ def _refuse(scope: Scope, sent_id: bytes | None, gateway: Gateway) -> HttpError 
         )
     if len(headers) > limits.headers:
         return HttpError(431, f"{len(headers)} header lines, the most is {limits.headers}", code="headers_too_large")
-    size = sum(len(name) + len(value) + 4 for name, value in headers) + len(scope.get("raw_path") or b"")
+    size = (
+        sum(len(name) + len(value) + 4 for name, value in headers)
+        + len(scope.get("raw_path") or b"")
+        + len(scope["query_string"])
+    )
     if size > limits.header_bytes:
         return HttpError(431, f"{size} bytes of headers, the most is {limits.header_bytes}", code="headers_too_large")
     return None

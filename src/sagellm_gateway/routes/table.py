@@ -71,6 +71,7 @@ INTEGER = {"type": "integer"}
 BOOL = {"type": "boolean"}
 ORDER = {"enum": ["asc", "desc"]}
 PAGE = {"limit": {"type": "integer", "minimum": 1, "maximum": 100}, "after": STRING}
+LONG_PAGE = {"limit": {"type": "integer", "minimum": 1, "maximum": 10_000}, "after": STRING}
 
 # First segments of paths that also answer under the old prefix /api.
 ALIASED = ("v1", "health", "ready", "live", "sessions", "management")
@@ -131,12 +132,12 @@ ROUTES: tuple[RouteSpec, ...] = (
         body=vector_types.OllamaEmbeddingsBody,
     ),
     RouteSpec("POST", "/v1/files", files.upload),
-    RouteSpec("GET", "/v1/files", files.list_files, query={**PAGE, "purpose": STRING}),
+    RouteSpec("GET", "/v1/files", files.list_files, query={**LONG_PAGE, "purpose": STRING}),
     RouteSpec("GET", "/v1/files/{file}", files.get_file),
     RouteSpec("DELETE", "/v1/files/{file}", files.delete_file),
     RouteSpec("GET", "/v1/files/{file}/content", files.read_file, media="application/octet-stream"),
     RouteSpec("POST", "/v1/batches", files.create_batch, body=files.BatchBody),
-    RouteSpec("GET", "/v1/batches", files.list_batches, query=PAGE),
+    RouteSpec("GET", "/v1/batches", files.list_batches, query=LONG_PAGE),
     RouteSpec("GET", "/v1/batches/{batch}", files.get_batch),
     RouteSpec("POST", "/v1/batches/{batch}/cancel", files.cancel_batch),
     RouteSpec(
