@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, Histogram, TokenDelta
-from sagellm_protocol.errors import UnavailableError
+from sagellm_protocol.errors import SageError, UnavailableError
 from sagellm_protocol.ports import EngineClient
 from sagellm_protocol.prefix import BlockEvent
 
@@ -27,7 +28,7 @@ _NOW = (
 )  # fmt: skip
 """Fields of a status that say what is; all others only grow and are carried over a reload."""
 
-_OPTIONAL = ("block_events", "discard_kv", "embed", "export_kv", "import_kv")
+_FORWARDED = ("discard_kv", "embed", "export_kv", "import_kv")
 
 
 class KeepAliveEngine:
@@ -61,7 +62,14 @@ class KeepAliveEngine:
         self._timer: asyncio.TimerHandle | None = None
         self._unloading: asyncio.Task[None] | None = None
         self._closed = False
-        self._optional = {name for name in _OPTIONAL if hasattr(engine, name)}
+        self._adapters: dict[str, str] = {}
+        own = {
+            "block_events": self._block_events,
+            "load_adapter": self._load_adapter,
+            "unload_adapter": self._unload_adapter,
+        }
+        forwarded = {name: partial(self._forward, name) for name in _FORWARDED}
+        self._optional = {name: method for name, method in (own | forwarded).items() if hasattr(engine, name)}
         self._start_timer()
 
     @property
@@ -97,13 +105,22 @@ class KeepAliveEngine:
 
     def __getattr__(self, name: str) -> Any:
         """Offer what the engine offers besides `EngineClient`, and nothing else."""
-        if name not in self._optional:
+        method = self._optional.get(name)
+        if method is None:
             raise AttributeError(name)
-        return self._block_events if name == "block_events" else partial(self._forward, name)
+        return method
 
-    async def _forward(self, name: str, request: Any) -> Any:
+    async def _load_adapter(self, name: str, path: str) -> None:
+        await self._forward("load_adapter", name, path)
+        self._adapters[name] = path
+
+    async def _unload_adapter(self, name: str) -> None:
+        await self._forward("unload_adapter", name)
+        self._adapters.pop(name, None)
+
+    async def _forward(self, name: str, *args: Any) -> Any:
         async with self._use() as engine:
-            return await getattr(engine, name)(request)
+            return await getattr(engine, name)(*args)
 
     async def _block_events(self, after: int) -> list[BlockEvent]:
         """Return the changes of the prefix cache numbered above `after`; an unload is one ``cleared``."""
@@ -145,10 +162,21 @@ class KeepAliveEngine:
                     raise UnavailableError("the engine was closed")
                 if self._engine is None:
                     _log.info("loading %s again", self._description.model)
-                    self._engine = await asyncio.to_thread(self._build)
+                    self._engine = await self._reload()
                 return self._engine
         finally:
             self._waiting -= 1
+
+    async def _reload(self) -> EngineClient:
+        engine: Any = await asyncio.to_thread(self._build)
+        try:
+            for name, path in self._adapters.items():
+                await engine.load_adapter(name, path)
+        except SageError:
+            await engine.close()
+            raise
+        reloaded: EngineClient = engine
+        return reloaded
 
     def _idle(self) -> bool:
         return self._users == 0

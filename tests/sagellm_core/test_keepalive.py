@@ -130,6 +130,32 @@ async def test_offers_what_the_engine_offers():
         assert engine.loaded
 
 
+async def test_adapters_come_back_with_the_model():
+    """Adapters that were loaded are loaded again after a reload; one that was unloaded is not."""
+
+    class Adapting(LocalEngine):
+        loaded: list[str]
+
+        async def load_adapter(self, name: str, path: str) -> None:
+            self.loaded = [*getattr(self, "loaded", []), f"{name}={path}"]
+
+        async def unload_adapter(self, name: str) -> None:
+            pass
+
+    def adapting() -> Adapting:
+        return Adapting(build_engine(EngineConfig(model="mock", mock=MockOptions(scale=0))))
+
+    first = adapting()
+    engine = KeepAliveEngine(first, await first.describe(), adapting, 0.02)
+    await engine.load_adapter("a", "/a")
+    await engine.load_adapter("b", "/b")
+    await engine.unload_adapter("b")
+    await asyncio.wait_for(unloaded(engine), 10)
+    await tokens(engine)
+    assert engine._engine.loaded == ["a=/a"]
+    await engine.close()
+
+
 async def test_closed():
     """A closed engine takes no requests and is not loaded again."""
     async with keeping(10) as engine:

@@ -169,6 +169,14 @@ class WireEngineClient:
         removed: bool = await self._call("discard_kv", wire.DiscardKVParams(name=name), self._timeouts.call)
         return removed
 
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Load a LoRA adapter from `path` on the engine's machine; requests then ask for it by `name`."""
+        await self._call("load_adapter", wire.LoadAdapterParams(name=name, path=path), None)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter."""
+        await self._call("unload_adapter", wire.UnloadAdapterParams(name=name), self._timeouts.call)
+
     async def close(self) -> None:
         """End the connection; open streams end with `EngineDiedError`, and the engine aborts them. Idempotent."""
         self._closed = True
