@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -105,7 +104,7 @@ class KeepAliveEngine:
 
     def __getattr__(self, name: str) -> Any:
         """Offer what the engine offers besides `EngineClient`, and nothing else."""
-        method = self._optional.get(name)
+        method = self.__dict__.get("_optional", {}).get(name)  # not there yet while `__init__` runs
         if method is None:
             raise AttributeError(name)
         return method
