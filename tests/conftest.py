@@ -98,9 +98,10 @@ class ServerProcess:
 
 
 @pytest.fixture(scope="session")
-def start_server() -> Iterator[Callable[..., ServerProcess]]:
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServerProcess]]:
     """Start ``sage-llm serve ARGS`` on a free port and wait until it prints its URL; all are stopped at the end."""
     started: list[ServerProcess] = []
+    state = tmp_path_factory.mktemp("state")  # no keys, sessions or logs of the person who runs the tests
 
     def start(*args: str, timeout: float = 60.0, env: dict[str, str] | None = None) -> ServerProcess:
         process = subprocess.Popen(
@@ -109,7 +110,7 @@ def start_server() -> Iterator[Callable[..., ServerProcess]]:
             stderr=subprocess.STDOUT,
             text=True,
             bufsize=1,
-            env={**os.environ, **(env or {}), "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "XDG_STATE_HOME": str(state), **(env or {}), "PYTHONUNBUFFERED": "1"},
         )
         server = ServerProcess(process)
         started.append(server)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sagellm import store
+from sagellm.library import StoreLibrary
 from sagellm_protocol.errors import InvalidArgumentError, ModelNotFoundError
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ class House:
         """Return the gateway's application; `beside` runs within its lifespan, after the control plane has started."""
         from sagellm_gateway.server import create_app
 
-        app = create_app(self.manager, self._config)
+        app = create_app(self.manager, self._config, library=StoreLibrary())
         self._gateway = app.state.gateway
         own = app.router.lifespan_context
 
@@ -173,6 +174,14 @@ class House:
         """Answer ``/ready`` with 200 or 503."""
         if self._gateway is not None:
             self._gateway.ready = ready
+
+    def key_state(self) -> str:
+        """Return one line on who may call."""
+        keys = self._gateway.keys.all() if self._gateway is not None else []
+        good = sum(key.revoked is None for key in keys)
+        if good or (self._config is not None and self._config.require_key):
+            return f"{good} good, one is needed (sage-llm keys)"
+        return "none made: whoever reaches this address may call (sage-llm keys add NAME)"
 
     async def start_engine(self, model_id: str, engine_id: str) -> str:
         """Start an engine process and wait until it serves; return one line about it.

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from sagellm_protocol.errors import InvalidArgumentError
 
-__all__ = ["SETTINGS", "Setting", "Value", "config_path", "load_file", "resolve", "unknown_variables"]
+__all__ = ["SETTINGS", "Setting", "Value", "config_path", "load_file", "resolve", "state_path", "unknown_variables"]
 
 Origin = Literal["default", "file", "environment", "flag"]
 
@@ -59,8 +59,10 @@ SETTINGS: dict[str, Setting] = {
         Setting("models", list, ["smollm2:135m"], "what is served: names or paths"),
         Setting("host", str, "127.0.0.1", "address to listen on"),
         Setting("port", int, 8889, "port to listen on; 0 takes a free one"),
-        Setting("api_key_file", str, None, "file of API keys (sage-llm keys)"),
-        Setting("state", str, None, "SQLite file for sessions, stored responses and keys"),
+        Setting("state", str, None, "SQLite file for keys, sessions and stored responses; 'none' keeps them in memory"),
+        Setting("require_key", bool, False, "demand an API key even when none was made yet"),
+        Setting("allowed_hosts", list, [], "further names that the Host header may hold"),
+        Setting("cors", list, [], "web origins that a browser may call from"),
         Setting("grace", float, 30.0, "seconds for running requests after SIGTERM"),
         Setting("access_log", bool, False, "one line for each request on stderr"),
         Setting("engines", int, 1, "engine processes for each model"),
@@ -184,6 +186,12 @@ def resolve(flags: Mapping[str, Any] | None = None) -> dict[str, Value]:
         else:
             out[name] = Value(setting.default, "default")
     return out
+
+
+def state_path() -> Path:
+    """Return the default state file of a server: keys, sessions, stored responses."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "isagellm" / "gateway.sqlite"
 
 
 def unknown_variables() -> list[str]:

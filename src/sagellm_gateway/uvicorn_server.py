@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from sagellm_gateway.config import GatewayConfig
 from sagellm_gateway.context import Gateway
 
-__all__ = ["GatewayServer", "bind", "run", "server_of"]
+__all__ = ["GatewayServer", "bind", "refuse_open_door", "run", "server_of"]
 
 
 _LINGER_S = 2.0
@@ -186,7 +186,12 @@ def server_of(app: Starlette, config: GatewayConfig) -> GatewayServer:
     return GatewayServer(settings, app.state.gateway)
 
 
-def _refuse_open_door(gateway: Gateway, config: GatewayConfig) -> None:
+def refuse_open_door(gateway: Gateway, config: GatewayConfig) -> None:
+    """Refuse to listen where the network reaches while anybody may call.
+
+    Raises:
+        SystemExit: the address is not a loopback one and there is no API key.
+    """
     if config.host == "localhost" or config.require_key:
         return
     try:
@@ -206,7 +211,7 @@ def run(app: Starlette, config: GatewayConfig) -> None:
     Raises:
         SystemExit: the address cannot be bound, or it is open to the network and no key is set.
     """
-    _refuse_open_door(app.state.gateway, config)
+    refuse_open_door(app.state.gateway, config)
     sock = bind(config.host, config.port)
     server = server_of(app, config)
     server.run(sockets=[sock])

@@ -31,6 +31,7 @@ _TALK, _MODELS, _OPERATE = "Talk", "Models", "Operate"
 COMMANDS: dict[str, Command] = {
     "run": Command("sagellm.cli.run", "Chat with a model in the terminal, or answer one prompt", _TALK),
     "serve": Command("sagellm.cli.serve", "Serve models over HTTP: OpenAI-compatible, on 127.0.0.1:8889", _TALK),
+    "gateway": Command("sagellm.cli.gateway", "Serve without a model; engines join over /v1/management", _TALK),
     "pull": Command("sagellm.cli.pull", "Bring a model onto this machine", _MODELS),
     "list": Command("sagellm.cli.list", "Show the models on this machine", _MODELS),
     "rm": Command("sagellm.cli.rm", "Delete a model from this machine", _MODELS),

@@ -2,28 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from sagellm import settings
 from sagellm.cli import engine_flags as flags
 from sagellm.cli.common import single
 from sagellm_protocol.errors import InvalidArgumentError
+
+_NETWORK, _CONTROL, _ACCESS = "Network", "Control plane", "Access"
 
 
 def serve(
     models: Annotated[
         list[str] | None, typer.Argument(help="Names or paths; NAME=PATH serves a path under a name [smollm2:135m].")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel="Network")] = "127.0.0.1",
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on [127.0.0.1].", rich_help_panel=_NETWORK)
+    ] = None,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.", rich_help_panel="Network")
-    ] = 8889,
+        int | None, typer.Option(min=0, max=65535, help="Port; 0 takes a free one [8889].", rich_help_panel=_NETWORK)
+    ] = None,
+    grace: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Seconds for running requests after SIGTERM [30].", rich_help_panel=_NETWORK),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Serve the (only) model under this name.")] = None,
-    engines: Annotated[int, typer.Option(min=1, help="Engine processes for each model.")] = 1,
-    policy: Annotated[
-        str, typer.Option(help="Scheduling policy of the control plane.", rich_help_panel="Control plane")
-    ] = "adaptive",
+    engines: Annotated[
+        int | None, typer.Option(min=1, help="Engine processes for each model [1].", rich_help_panel=_CONTROL)
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="Scheduling policy [adaptive].", rich_help_panel=_CONTROL)] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            help="SQLite file for keys, sessions, stored responses; none keeps them in memory.", rich_help_panel=_ACCESS
+        ),
+    ] = None,
+    require_key: Annotated[
+        bool, typer.Option("--require-key", help="Demand an API key even if none was made.", rich_help_panel=_ACCESS)
+    ] = False,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option("--allowed-host", help="Further name that Host may hold; repeatable.", rich_help_panel=_ACCESS),
+    ] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option("--cors", help="Web origin that may call; repeatable.", rich_help_panel=_ACCESS)
+    ] = None,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="One line for each request on stderr.", rich_help_panel=_ACCESS)
+    ] = False,
     mock: flags.Mock = False,
     ctx: flags.Ctx = None,
     parallel: flags.Parallel = None,
@@ -33,37 +62,33 @@ def serve(
     threads: flags.Threads = None,
     quant: flags.Quant = None,
     kv_dtype: flags.KvDtype = None,
-    kv_bytes: flags.KvBytes = None,
+    kv_size: flags.KvBytes = None,
     spill: flags.Spill = None,
-    spill_bytes: flags.SpillBytes = None,
+    spill_size: flags.SpillBytes = None,
     no_prefix_cache: flags.NoPrefixCache = False,
     spec: flags.Spec = None,
     draft_model: flags.DraftModel = None,
     mock_scale: flags.MockSpeed = None,
     script: flags.Script = None,
 ) -> None:
-    """Serve models over HTTP: OpenAI-compatible, http://127.0.0.1:8889/v1."""
+    """Serve models over HTTP: OpenAI-compatible, http://127.0.0.1:8889/v1.
+
+    Every option can also be set in the configuration file and by a variable: `sage-llm config show --origin`.
+    """
+    given = {key: value for key, value in locals().items() if key in settings.SETTINGS}
+    start({key: str(value) if isinstance(value, Path) else value for key, value in given.items()}, name)
+
+
+def start(given: dict[str, Any], name: str | None = None, *, no_models: bool = False) -> None:
+    """Resolve the settings (flags over environment over file over default) and serve until a signal.
+
+    Raises:
+        SageError: a setting is wrong, or a model is missing.
+    """
     from sagellm.cli.server_process import ServeOptions, serve_until_stopped
 
-    changes = flags.engine_changes(
-        ctx=ctx,
-        parallel=parallel,
-        max_batch_tokens=max_batch_tokens,
-        memory=memory,
-        backend="mock" if mock and models else backend,
-        threads=threads,
-        quant=quant,
-        kv_dtype=kv_dtype,
-        kv_bytes=kv_bytes,
-        spill=spill,
-        spill_bytes=spill_bytes,
-        no_prefix_cache=no_prefix_cache,
-        spec=spec,
-        draft_model=draft_model,
-        mock_scale=mock_scale,
-        script=script,
-    )
-    wanted = models or (["mock"] if mock else ["smollm2:135m"])
+    values = {key: value.value for key, value in settings.resolve(given).items()}
+    wanted = [] if no_models else _models(given, values)
     if name is not None and len(wanted) != 1:
         raise InvalidArgumentError(
             f"--name names one model, {len(wanted)} are given: write NAME=PATH for each", param="name"
@@ -72,8 +97,62 @@ def serve(
     for _, model in chosen:
         flags.ensure_model(model)
     serve_until_stopped(
-        ServeOptions(host=host, port=port, models=tuple(chosen), engines=engines, policy=policy, changes=changes)
+        ServeOptions(
+            host=values["host"],
+            port=values["port"],
+            models=tuple(chosen),
+            engines=values["engines"],
+            policy=values["policy"],
+            changes=_changes(values, simulated=values["mock"] and wanted != ["mock"]),
+            gateway=_gateway(values),
+            grace_s=values["grace"],
+            access_log=values["access_log"],
+        )
     )
+
+
+def _models(given: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    """Return what to serve: ``--mock`` without a model named in the same way means the mock model."""
+    if values["mock"] and not given.get("models"):
+        return ["mock"]
+    return list(values["models"])
+
+
+def _changes(values: dict[str, Any], *, simulated: bool) -> dict[str, Any]:
+    return flags.engine_changes(
+        ctx=values["ctx"],
+        parallel=values["parallel"],
+        max_batch_tokens=values["max_batch_tokens"],
+        memory=values["memory"],
+        backend="mock" if simulated else values["backend"],
+        threads=values["threads"],
+        quant=values["quant"],
+        kv_dtype=values["kv_dtype"],
+        kv_bytes=values["kv_size"],
+        spill=Path(values["spill"]) if values["spill"] else None,
+        spill_bytes=values["spill_size"],
+        no_prefix_cache=values["no_prefix_cache"],
+        spec=values["spec"],
+        draft_model=values["draft_model"],
+        mock_scale=values["mock_scale"],
+        script=Path(values["script"]) if values["script"] else None,
+    )
+
+
+def _gateway(values: dict[str, Any]) -> dict[str, Any]:
+    state = values["state"]
+    if state == "none":
+        path = None
+    else:
+        file = Path(state).expanduser() if state else settings.state_path()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        path = str(file)
+    return {
+        "state_path": path,
+        "require_key": values["require_key"] or None,
+        "access_log": values["access_log"],
+        "origins": {"hosts": values["allowed_hosts"], "cors": values["cors"]},
+    }
 
 
 def _split(text: str, name: str | None) -> tuple[str | None, str]:

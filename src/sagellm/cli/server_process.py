@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -34,6 +35,8 @@ class ServeOptions:
         policy: scheduling policy.
         changes: to every engine's configuration.
         gateway: further fields of `GatewayConfig`.
+        grace_s: seconds for running requests after SIGTERM.
+        access_log: write one line for each request to stderr.
     """
 
     host: str
@@ -43,6 +46,8 @@ class ServeOptions:
     policy: str = "adaptive"
     changes: dict[str, Any] = field(default_factory=dict)
     gateway: dict[str, Any] = field(default_factory=dict)
+    grace_s: float = 30.0
+    access_log: bool = False
 
 
 def serve_until_stopped(options: ServeOptions) -> None:
@@ -53,17 +58,24 @@ def serve_until_stopped(options: ServeOptions) -> None:
         SageError: a model is missing or a setting is wrong.
     """
     began = time.perf_counter()
+    import msgspec
+
     from sagellm import compose
     from sagellm_gateway.config import GatewayConfig
-    from sagellm_gateway.uvicorn_server import bind, server_of
+    from sagellm_gateway.uvicorn_server import bind, refuse_open_door, server_of
 
     configs = [compose.engine_config(model, options.changes, name=name) for name, model in options.models]
     sock = bind(options.host, options.port)
     port = sock.getsockname()[1]
-    gateway = GatewayConfig(host=options.host, port=port, **options.gateway)
+    fields = {"host": options.host, "port": port, "timeouts": {"grace": options.grace_s}, **options.gateway}
+    gateway = msgspec.convert(fields, GatewayConfig)
+    if options.access_log:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        logging.getLogger("sagellm_gateway.access").setLevel(logging.INFO)
     house = compose.build_server(configs, gateway, options.changes, scheduling_policy=options.policy)
     start = _Start(house, configs, options.engines, f"http://{_shown_host(options.host)}:{port}", began)
     app = house.server_app(start.lifespan)
+    refuse_open_door(app.state.gateway, gateway)
     start.server = server_of(app, gateway)
     _say("isagellm", f"{__version__}, pid {os.getpid()}")
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how one stops a server
@@ -117,11 +129,16 @@ class _Start:
         _say("engine", f"{line} ({time.perf_counter() - started:.1f} s)")
 
     def _announce(self) -> None:
+        _say("ready", f"{self.url}/v1 ({time.perf_counter() - self.began:.1f} s)")
+        _say("keys", self.house.key_state())
+        if self.configs:
+            _say("try", self._curl())
+        _say("stop", f"Ctrl-C, or: kill {os.getpid()}")
+
+    def _curl(self) -> str:
         model = self.configs[0].served_id
         body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France? Answer in one sentence."}}], "temperature": 0}}'
-        _say("ready", f"{self.url}/v1 ({time.perf_counter() - self.began:.1f} s)")
-        _say("try", f"curl {self.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
-        _say("stop", f"Ctrl-C, or: kill {os.getpid()}")
+        return f"curl {self.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
 
 
 def _shown_host(host: str) -> str:

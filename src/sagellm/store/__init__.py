@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sagellm.store.catalog import CATALOG, DEFAULT_MODEL, CatalogEntry
-from sagellm.store.layout import ModelName, StoredModel, find, home, installed, remove, resolve
+from sagellm.store.layout import ModelName, StoredModel, copy, find, home, installed, remove, resolve
 
 __all__ = [
     "CATALOG",
@@ -11,6 +11,7 @@ __all__ = [
     "CatalogEntry",
     "ModelName",
     "StoredModel",
+    "copy",
     "find",
     "home",
     "installed",

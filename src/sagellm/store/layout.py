@@ -201,6 +201,30 @@ def remove(name: str) -> int:
     return collect_garbage()
 
 
+def copy(source: str, destination: str) -> StoredModel:
+    """Give a stored model a second name; the content is shared.
+
+    Raises:
+        ModelNotFoundError: `source` is not stored.
+        InvalidArgumentError: `destination` is no name, or taken.
+    """
+    found = find(source)
+    if found is None:
+        raise ModelNotFoundError(
+            f"model {source!r} is not on this machine: sage-llm list shows what is", param="source"
+        )
+    target = ModelName.parse(destination)
+    if target.directory.exists():
+        raise InvalidArgumentError(f"{target} exists: sage-llm rm {target} first", param="destination")
+    fresh = target.directory.with_name(f".{target.directory.name}.copy-{os.getpid()}")
+    shutil.copytree(ModelName.parse(source).directory, fresh, copy_function=os.link)
+    manifest = {**found.manifest, "name": str(target)}
+    (fresh / MANIFEST).unlink()
+    (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    fresh.rename(target.directory)
+    return _load(target.directory)
+
+
 def collect_garbage() -> int:
     """Delete blobs that no model refers to; return the bytes freed."""
     used = {

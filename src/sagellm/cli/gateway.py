@@ -1,0 +1,28 @@
+"""``sage-llm gateway``: the server without a model; engines are started or registered over ``/v1/management``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sagellm.cli.common import single
+
+
+def gateway(
+    host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 0 takes a free one [8889].")] = None,
+    policy: Annotated[str | None, typer.Option(help="Scheduling policy of the control plane [adaptive].")] = None,
+    state: Annotated[str | None, typer.Option(help="SQLite file for keys, sessions, stored responses.")] = None,
+    require_key: Annotated[
+        bool, typer.Option("--require-key", help="Demand an API key even if none was made.")
+    ] = False,
+) -> None:
+    """Serve the gateway and the control plane without a model."""
+    given = dict(locals())
+    from sagellm.cli.serve import start
+
+    start(given, no_models=True)
+
+
+app = single(gateway)
