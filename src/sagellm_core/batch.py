@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sagellm_backend.base import RowSampling, StepBatch, StepResult
 from sagellm_core.request import SequenceState
@@ -14,7 +15,7 @@ from sagellm_core.scheduler import Work
 from sagellm_protocol.generation import TokenLogprob
 from sagellm_protocol.sampling import SamplingParams
 
-__all__ = ["Draw", "build_batch", "read_result"]
+__all__ = ["Draw", "adapter_numbers", "build_batch", "read_result"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,14 @@ def build_batch(works: Sequence[Work]) -> StepBatch:
         block_tables=tables,
         logit_rows=np.array(logit_rows, np.int32),
         sampling=sampling,
+        adapters=adapter_numbers([work.seq for work in works]),
     )
+
+
+def adapter_numbers(seqs: Sequence[SequenceState]) -> npt.NDArray[np.int32] | None:
+    """Return `StepBatch.adapters`: None where no sequence uses one."""
+    numbers = np.array([seq.adapter for seq in seqs], np.int32)
+    return numbers if (numbers >= 0).any() else None
 
 
 def read_result(works: Sequence[Work], batch: StepBatch, result: StepResult) -> Iterator[tuple[Work, list[Draw]]]:

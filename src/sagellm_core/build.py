@@ -85,9 +85,19 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = monotonic
             quantization=model.quantization if config.device.quant == "auto" else config.device.quant,
             model_path="" if config.is_mock else config.model,
         )
-        undo.pop_all()
         grammars = _grammars(config, model.spec)
-        return Engine(runner, settings, clock=clock, grammars=grammars, speculator=speculator, spill=spill)
+        engine = Engine(runner, settings, clock=clock, grammars=grammars, speculator=speculator, spill=spill)
+        undo.callback(engine.close)
+        _load_adapters(config, engine)
+        undo.pop_all()
+        return engine
+
+
+def _load_adapters(config: EngineConfig, engine: Engine) -> None:
+    from sagellm_core.loader.adapter import open_adapter
+
+    for name, path in config.adapters.items():
+        engine.load_adapter(open_adapter(path, name, engine.spec))
 
 
 def _backend(config: EngineConfig) -> Backend:

@@ -173,6 +173,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         model_id: the name it is served under; empty is the file's stem.
         engine_id: unique in a control plane; empty is the model id.
         backend: name of a backend, or ``auto``. ``mock`` runs the model's real vocabulary size on the simulated device.
+        adapters: LoRA adapters to load at start: name -> PEFT directory.
     """
 
     model: str
@@ -185,6 +186,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     scheduling: SchedulingOptions = SchedulingOptions()
     speculation: SpeculationOptions = SpeculationOptions()
     mock: MockOptions = MockOptions()
+    adapters: dict[str, str] = {}
 
     def __post_init__(self) -> None:
         if not self.model:

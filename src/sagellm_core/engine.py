@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 import msgspec
 
+from sagellm_backend.adapter import Adapter
 from sagellm_backend.base import BLOCK_SIZE, Runner, SequenceFailure, StepBatch, StepResult
+from sagellm_backend.spec import DecoderSpec
+from sagellm_core.adapters import AdapterTable
 from sagellm_core.batch import Draw, build_batch, read_result
 from sagellm_core.kv_cache import KVCache
 from sagellm_core.metrics import EngineMetrics, rss_bytes
@@ -52,6 +55,7 @@ class EngineSettings:
         ageing_s: seconds of age that count as much as one priority band.
         max_failures: steps in a row that may fail before the engine is dead.
         prefix_caching: keep blocks of ended sequences findable.
+        adapter_bytes: hard cap for the factors of all LoRA adapters together.
         backend, device, quantization, model_path: for `describe`.
     """
 
@@ -65,6 +69,7 @@ class EngineSettings:
     ageing_s: float = 30.0
     max_failures: int = 3
     prefix_caching: bool = True
+    adapter_bytes: int = 1 << 30
     backend: str = ""
     device: str = ""
     quantization: str = ""
@@ -107,9 +112,11 @@ class Engine:
         )
         limits = SchedulerLimits(settings.max_rows, settings.max_logit_rows, settings.max_running)
         self._scheduler = Scheduler(self._kv, limits)
+        self._adapters = AdapterTable(runner, settings.adapter_bytes)
         self._pooler = Pooler(
             runner,
             self._kv,
+            self._adapters,
             n_ctx=settings.n_ctx,
             max_rows=settings.max_rows,
             max_logit_rows=settings.max_logit_rows,
@@ -160,6 +167,7 @@ class Engine:
             ageing_s=self.settings.ageing_s,
             root=root_hash(request.adapter, request.cache_salt),
         )
+        seq.adapter = self._adapters.number(request.adapter)
         if seq.n_output >= seq.max_length - seq.n_prompt:  # an earlier engine emitted all of it
             self._outbox.append(_with_prompt(TokenDelta(request_id=seq.id, finish_reason="length"), seq))
             self.metrics.finished += 1
@@ -183,6 +191,33 @@ class Engine:
         """
         self._check_open()
         self._pooler.add(request, done)
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """What the runner executes."""
+        return self._runner.spec
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Make a LoRA adapter usable under its name.
+
+        Raises:
+            InvalidArgumentError: the name is taken.
+            UnsupportedError: the backend takes no adapters.
+            ResourceExhaustedError: `EngineSettings.adapter_bytes` would be passed.
+            ModelFileError: it does not fit the model.
+        """
+        self._adapters.load(adapter)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter, and every cached block: its name may come back with other weights.
+
+        Raises:
+            InvalidArgumentError: it is not loaded, or sequences use it.
+        """
+        self._adapters.unload(
+            name, [*(seq.request.adapter for seq in self._sequences.values()), *self._pooler.adapters]
+        )
+        self._kv.forget()
 
     def abort_embed(self, request_id: str) -> bool:
         """Drop an embedding request; its `done` is not called. False if unknown."""
@@ -279,6 +314,7 @@ class Engine:
             spill_hits=kv.counters.spill_hits,
             spill_errors=spill.errors if spill is not None else 0,
             histograms=metrics.histograms(),
+            adapters=self._adapters.names,
         )
 
     def block_events(self, after: int) -> list[BlockEvent]:

@@ -172,6 +172,29 @@ class LocalEngine:
             self._post(_Command(lambda: _drop(self._engine, request.request_id), _ignore))
             raise
 
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Load a LoRA adapter (a PEFT directory) and make it usable as `name`.
+
+        Raises:
+            ModelFileError: missing, malformed, or for another model.
+            InvalidArgumentError: the name is taken.
+            UnsupportedError: the backend takes no adapters.
+            ResourceExhaustedError: the cap for adapters would be passed.
+        """
+        from sagellm_core.loader.adapter import open_adapter
+
+        loop = asyncio.get_running_loop()
+        adapter = await loop.run_in_executor(None, open_adapter, path, name, self._engine.spec)
+        await self._call(lambda: self._engine.load_adapter(adapter))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            InvalidArgumentError: it is not loaded, or sequences use it.
+        """
+        await self._call(lambda: self._engine.unload_adapter(name))
+
     async def block_events(self, after: int) -> list[BlockEvent]:
         """Return the changes of the prefix cache numbered above `after`."""
         return await self._call(lambda: self._engine.block_events(after))

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sagellm_backend.base import BLOCK_SIZE, RowSampling, StepBatch
+from sagellm_core.batch import adapter_numbers
 from sagellm_core.request import SequenceState
 from sagellm_core.vectors import check_dimensions, embed_result
 from sagellm_protocol.embedding import EmbedRequest, EmbedResult
@@ -30,6 +31,7 @@ from sagellm_protocol.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from sagellm_backend.base import Runner
+    from sagellm_core.adapters import AdapterTable
     from sagellm_core.kv_cache import KVCache
 
 __all__ = ["Pooler"]
@@ -81,6 +83,7 @@ class Pooler:
     Args:
         runner: the engine's.
         kv: the engine's block pool.
+        adapters: the engine's LoRA adapters.
         n_ctx: most tokens of an input.
         max_rows: rows of a step.
         max_logit_rows: rows of a step that may want logits.
@@ -91,13 +94,14 @@ class Pooler:
         self,
         runner: Runner,
         kv: KVCache,
+        adapters: AdapterTable,
         *,
         n_ctx: int,
         max_rows: int,
         max_logit_rows: int,
         clock: Callable[[], float],
     ) -> None:
-        self._runner, self._kv, self._clock = runner, kv, clock
+        self._runner, self._kv, self._adapters, self._clock = runner, kv, adapters, clock
         self._n_ctx = min(n_ctx, kv.n_blocks * BLOCK_SIZE)
         self._max_rows, self._max_logit_rows = max_rows, max_logit_rows
         self._waiting: deque[tuple[_Job, int]] = deque()
@@ -114,6 +118,11 @@ class Pooler:
         return [item.seq for item in self._active]
 
     @property
+    def adapters(self) -> list[str | None]:
+        """Names of the adapters that requests use."""
+        return [job.request.adapter for job, _ in self._waiting] + [item.job.request.adapter for item in self._active]
+
+    @property
     def n_running(self) -> int:
         """Inputs that are being computed."""
         return len(self._active)
@@ -127,7 +136,8 @@ class Pooler:
         """Queue a request; `done` is called from a later `step`, `abort` or `fail_all`.
 
         Raises:
-            InvalidArgumentError: a token id out of the vocabulary, too many dimensions, an id that is already here.
+            InvalidArgumentError: a token id out of the vocabulary, too many dimensions, an id that is already here, an
+                adapter that is not loaded.
             ContextLengthError: an input does not fit.
             UnsupportedError: a decoder cannot do this task.
         """
@@ -186,8 +196,7 @@ class Pooler:
             raise UnsupportedError("a decoder has no classifier: use the task logprobs", param="task")
         if request.token_types:
             raise UnsupportedError("a decoder knows no token types: leave them out", param="token_types")
-        if request.adapter is not None:
-            raise UnsupportedError("embeddings with an adapter are not supported: leave it out", param="adapter")
+        self._adapters.number(request.adapter)
         check_dimensions(request, spec.d_model)
         here = {job.request.request_id for job, _ in self._waiting} | {i.job.request.request_id for i in self._active}
         if request.request_id in here:
@@ -221,6 +230,7 @@ class Pooler:
                 sampling=_GREEDY,
             )
             seq = SequenceState.of(request, arrival=0, now=job.queued_at, ageing_s=1.0, root=b"")
+            seq.adapter = self._adapters.number(job.request.adapter)
             if not self._kv.grow(seq, len(seq.tokens)):
                 return
             self._waiting.popleft()
@@ -334,4 +344,5 @@ def _batch(chunks: list[_Chunk]) -> StepBatch:
         sampling=[RowSampling(_GREEDY)] * len(wanted) if scoring else [],
         want_logits=scoring,
         want_hidden=not scoring,
+        adapters=adapter_numbers(seqs),
     )

@@ -84,6 +84,7 @@ class SequenceState:
         blocked: it cannot start yet: its grammar is being compiled.
         constrained: output tokens that `constraint` has accepted.
         want_draft: tokens that may be guessed ahead in the next step.
+        adapter: number of its LoRA adapter on the device, -1 for none.
         prompt_logprobs: collected so far, if asked for.
     """
 
@@ -102,6 +103,7 @@ class SequenceState:
     blocked: bool = False
     constrained: int = 0
     want_draft: int = 0
+    adapter: int = -1
     cached_tokens: int = 0
     preemptions: int = 0
     prompt_logprobs: list[TokenLogprob | None] | None = None

@@ -102,6 +102,8 @@ class EngineServer:
             "embed": lambda method, params: method(params),
             "export_kv": lambda method, params: method(params),
             "import_kv": lambda method, params: method(params),
+            "load_adapter": lambda method, params: method(params.name, params.path),
+            "unload_adapter": lambda method, params: method(params.name),
         }
         for name, invoke in optional.items():
             method = getattr(engine, name, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from sagellm_protocol.engine import EngineRequest
 from sagellm_protocol.errors import ContextLengthError, InvalidArgumentError, UnsupportedError
@@ -16,7 +16,7 @@ def check_request(request: EngineRequest, vocab_size: int, n_ctx: int, kv_tokens
     Raises:
         InvalidArgumentError: an id out of the vocabulary, an empty prompt, an unresolved seed or max_tokens.
         ContextLengthError: prompt and max_tokens do not fit.
-        UnsupportedError: an adapter, or bad words that nobody has tokenised.
+        UnsupportedError: bad words that nobody has tokenised.
     """
     sampling = request.sampling
     if not request.prompt_token_ids:
@@ -24,10 +24,6 @@ def check_request(request: EngineRequest, vocab_size: int, n_ctx: int, kv_tokens
     if sampling.seed is None or sampling.max_tokens is None:
         name = "seed" if sampling.seed is None else "max_tokens"
         raise InvalidArgumentError(f"{name} is not resolved: whoever prepares an engine request sets it", param=name)
-    if request.adapter is not None:
-        raise UnsupportedError(
-            f"this engine has no adapter {request.adapter!r}: it runs the base model", param="adapter"
-        )
     if sampling.bad_words and not request.bad_token_ids:
         raise UnsupportedError("bad_words came without their token ids: this model cannot ban words", param="bad_words")
     _check_ids(request.prompt_token_ids, vocab_size, "prompt")
@@ -43,12 +39,12 @@ def check_request(request: EngineRequest, vocab_size: int, n_ctx: int, kv_tokens
     _check_length(len(request.prompt_token_ids), sampling.max_tokens, n_ctx, kv_tokens)
 
 
-def _check_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
-    for token_id in ids:
-        if not 0 <= token_id < vocab_size:
-            raise InvalidArgumentError(
-                f"token id {token_id} in {param} is outside the vocabulary of {vocab_size} tokens", param=param
-            )
+def _check_ids(ids: Collection[int], vocab_size: int, param: str) -> None:
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        wrong = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
+        raise InvalidArgumentError(
+            f"token id {wrong} in {param} is outside the vocabulary of {vocab_size} tokens", param=param
+        )
 
 
 def _check_length(n_prompt: int, max_tokens: int, n_ctx: int, kv_tokens: int) -> None:

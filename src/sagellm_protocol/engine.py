@@ -136,6 +136,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     accepted_tokens: int = 0
     rss_bytes: int = 0
     step_seconds: float = 0.0
+    adapters: tuple[str, ...] = ()
     draining: bool = False
     evict_seconds: float = 0.0
     copied_blocks: int = 0

@@ -41,12 +41,14 @@ __all__ = [
     "Goodbye",
     "Heartbeat",
     "Hello",
+    "LoadAdapterParams",
     "Method",
     "NoParams",
     "Reply",
     "StartReport",
     "Submit",
     "ToEngine",
+    "UnloadAdapterParams",
     "Welcome",
     "call",
     "decode_from_engine",
@@ -179,6 +181,19 @@ class DiscardKVParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     name: str
 
 
+class LoadAdapterParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of ``load_adapter``: the LoRA adapter in the directory `path` (of the engine's machine), usable as `name` from then on."""
+
+    name: str
+    path: str
+
+
+class UnloadAdapterParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of ``unload_adapter``: forget it; refused while sequences use it."""
+
+    name: str
+
+
 class Method(msgspec.Struct, frozen=True):
     """What a call takes and gives."""
 
@@ -193,6 +208,8 @@ METHODS: dict[str, Method] = {
     "drain": Method(DrainParams, None),
     "block_events": Method(BlockEventsParams, tuple[BlockEvent, ...]),
     "embed": Method(EmbedRequest, EmbedResult),
+    "load_adapter": Method(LoadAdapterParams, None),
+    "unload_adapter": Method(UnloadAdapterParams, None),
     "export_kv": Method(KVExportRequest, KVTicket),
     "import_kv": Method(KVTicket, KVImported),
     "discard_kv": Method(DiscardKVParams, bool),

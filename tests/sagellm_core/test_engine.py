@@ -251,7 +251,7 @@ def test_a_deadline_ends_a_waiting_and_a_running_sequence():
         ({"logit_bias": {777: 1.0}}, InvalidArgumentError, "logit_bias"),
         ({"allowed_token_ids": (999,)}, InvalidArgumentError, "allowed_token_ids"),
         ({"bad_words": ("x",)}, UnsupportedError, "bad_words"),
-        ({"adapter": "tuned"}, UnsupportedError, "adapter"),
+        ({"adapter": "tuned"}, InvalidArgumentError, "adapter"),
         ({"grammar": GrammarSpec(kind="json_object")}, InvalidArgumentError, "grammar"),
     ],
 )
