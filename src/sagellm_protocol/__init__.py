@@ -1,5 +1,7 @@
 """The words that all floors share: types, errors, ports and the wire codec. No torch, no numpy, no HTTP."""
 
+from typing import Any
+
 from sagellm_protocol.codec import PROTOCOL_VERSION, decode, encode, from_json, from_msgpack, to_json, to_msgpack
 from sagellm_protocol.embedding import EmbeddingRequest, EmbedRequest, EmbedResult, Pooling, ScoreRequest, relevance
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, Histogram, TokenDelta
@@ -169,3 +171,12 @@ __all__ = [
     "to_json",
     "to_msgpack",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Names of isagellm 0.1 - 0.5, working or with the name of what to use instead: see docs/migration.md."""
+    if name.startswith("_") and name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return import_module("sagellm.migrate.packages").resolve(__name__, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import sys
@@ -15,7 +16,10 @@ from sagellm_protocol.errors import EngineDiedError, ModelFileError, ResourceExh
 
 
 class CountingEngine:
-    """Prompt token ids below 10 are commands: 0 refuses, 1 dies, 2 is a bug, 3 blocks the event loop for ever, 4 waits for ever."""
+    """Prompt token ids below 10 are commands.
+
+    0 refuses, 1 dies, 2 is a bug, 3 blocks the event loop for ever, 4 waits for ever, 5 holds the interpreter lock for ever.
+    """
 
     def __init__(self, engine_id: str = "counting", step_s: float = 0.0) -> None:
         self.engine_id = engine_id
@@ -61,6 +65,8 @@ class CountingEngine:
                 time.sleep(3600)  # noqa: ASYNC251 (that is the point)
             if last == 4:
                 await asyncio.Event().wait()
+            if last == 5:
+                ctypes.PyDLL(None).sleep(3600)
             total = request.sampling.max_tokens or 16
             yield TokenDelta(request_id=request.request_id, prompt_tokens=len(request.prompt_token_ids))
             for k in range(len(request.emitted_token_ids), total):

@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -437,14 +438,37 @@ def test_process_ends_with_its_parent_when_asked(tmp_path):
     assert process.returncode == 0, err
 
 
-def test_watchdog_dumps_stacks(tmp_path):
-    """A process whose work makes no progress prints the stacks of all threads and ends with 1."""
+@pytest.mark.parametrize("command", [3, 4, 5], ids=["loop blocked", "no progress", "interpreter lock held"])
+def test_watchdog_dumps_stacks(tmp_path, command):
+    """A process whose work makes no progress, however it hangs, prints the stacks of all threads and ends with 1."""
     process, read = spawn(tmp_path, "--hang-timeout", "1", "--heartbeat", "0.1")
     report_of(read)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(tmp_path / "p.sock"))
-        client.sendall(wire.encode_frame(wire.Hello()) + wire.encode_frame(wire.Submit(stream=1, request=request(3))))
+        submit = wire.Submit(stream=1, request=request(command))
+        client.sendall(wire.encode_frame(wire.Hello()) + wire.encode_frame(submit))
         _, err = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert b"counting_engine.py" in err
-    assert b"in stream" in err
+    assert b"Timeout (0:00:01)!" in err
+    assert b"counting_engine.py" in err or command == 4
+
+
+def test_watchdog_leaves_work_alone(tmp_path):
+    """Slow work that makes progress, and idleness, outlast the watchdog."""
+    process, read = spawn(tmp_path, "--hang-timeout", "0.5", "--heartbeat", "0.1", config={"step_s": 0.2})
+    report_of(read)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(20)
+        client.connect(str(tmp_path / "p.sock"))
+        submit = wire.Submit(stream=1, request=request(max_tokens=8))
+        client.sendall(wire.encode_frame(wire.Hello()) + wire.encode_frame(submit))
+        decoder, reason = wire.FrameDecoder(), None
+        while reason is None:
+            for message in map(wire.decode_from_engine, decoder.feed(client.recv(65536))):
+                if isinstance(message, wire.Deltas):
+                    reason = message.deltas[-1][1].finish_reason
+        time.sleep(0.8)
+        assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 0

@@ -11,6 +11,7 @@ from typing import Any, cast
 import msgspec
 
 from sagellm_protocol import wire
+from sagellm_protocol.deltas import join_deltas
 from sagellm_protocol.embedding import EmbedRequest, EmbedResult
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
 from sagellm_protocol.errors import (
@@ -277,35 +278,13 @@ class _Stream:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         self._tokens = 0
-        if len(self._waiting) == 1:
-            return self._waiting.popleft()
-        merged = merge(list(self._waiting))
+        joined = join_deltas(self._waiting)
         self._waiting.clear()
-        return merged
+        return joined
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-
-def merge(deltas: list[TokenDelta]) -> TokenDelta:
-    """Return what several consecutive deltas of one sequence say together."""
-    first, last = deltas[0], deltas[-1]
-    texts = [d.text for d in deltas if d.text is not None]
-    logprobs = [d.logprobs for d in deltas if d.logprobs is not None]
-    prompt = next((d for d in deltas if d.prompt_tokens is not None), first)
-    return TokenDelta(
-        request_id=first.request_id,
-        token_ids=tuple(itertools.chain.from_iterable(d.token_ids for d in deltas)),
-        logprobs=tuple(itertools.chain.from_iterable(logprobs)) if logprobs else None,
-        prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None),
-        finish_reason=last.finish_reason,
-        stop_token_id=last.stop_token_id,
-        error=last.error,
-        prompt_tokens=prompt.prompt_tokens,
-        cached_tokens=max(d.cached_tokens for d in deltas),
-        text="".join(texts) if texts else None,
-    )
 
 
 class _Connection(asyncio.Protocol):

@@ -5,12 +5,9 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from sagellm_control_plane.live.wire_client import WireEngineClient, WireTimeouts, merge
+from sagellm_control_plane.live.wire_client import WireEngineClient, WireTimeouts
 from sagellm_protocol import EngineDescription, EngineRequest, EngineStatus, SamplingParams, TokenDelta, wire
 from sagellm_protocol.embedding import EmbedRequest, EmbedResult
 from sagellm_protocol.errors import (
@@ -396,15 +393,3 @@ async def test_unnamed_engine_gets_its_name(tmp_path):
     async with engine_that(tmp_path, script, engine_id="") as client:
         assert (await client.describe()).vocab_size == 10
         assert client.engine_id == "e"
-
-
-@given(st.lists(st.lists(st.integers(0, 99), max_size=3), min_size=1, max_size=5))
-def test_merge_loses_nothing(steps):
-    """Deltas merged for a slow consumer say what they said one by one."""
-    deltas = [TokenDelta(request_id="r", token_ids=tuple(ids), text="x" * len(ids)) for ids in steps]
-    deltas[0] = msgspec.structs.replace(deltas[0], prompt_tokens=4, cached_tokens=2)
-    deltas[-1] = msgspec.structs.replace(deltas[-1], finish_reason="stop", stop_token_id=9)
-    merged = merge(deltas)
-    assert list(merged.token_ids) == [t for ids in steps for t in ids]
-    assert merged.text == "x" * len(merged.token_ids)
-    assert (merged.prompt_tokens, merged.cached_tokens, merged.finish_reason, merged.stop_token_id) == (4, 2, "stop", 9)
