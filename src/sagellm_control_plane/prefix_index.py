@@ -17,7 +17,8 @@ class PrefixIndex:
     """Block keys -> engines, and for each engine its blocks in the order of last use."""
 
     def __init__(self) -> None:
-        self._holders: dict[bytes, dict[str, None]] = {}
+        # Most blocks are held by one engine: its name alone takes a fifth of the memory of a dict with one key.
+        self._holders: dict[bytes, str | dict[str, None]] = {}
         self._blocks: dict[str, OrderedDict[bytes, None]] = {}
         self._sequence: dict[str, int] = {}
         self._capacity: dict[str, int] = {}
@@ -55,9 +56,11 @@ class PrefixIndex:
                 held[key] = None
                 of_key = holders.get(key)
                 if of_key is None:
-                    holders[key] = {engine_id: None}
-                else:
+                    holders[key] = engine_id
+                elif type(of_key) is dict:
                     of_key[engine_id] = None
+                elif of_key != engine_id:
+                    holders[key] = {of_key: None, engine_id: None}
         excess = len(held) - self._capacity[engine_id]
         for _ in range(excess):
             key, _none = held.popitem(last=False)
@@ -96,7 +99,8 @@ class PrefixIndex:
         depth = self.deepest(blocks)
         found: dict[str, None] = {}
         while depth > 0:
-            for engine_id in self._holders[blocks[depth - 1]]:
+            of_key = self._holders[blocks[depth - 1]]
+            for engine_id in (of_key,) if isinstance(of_key, str) else of_key:
                 found[engine_id] = None
                 if len(found) == limit:
                     return list(found)
@@ -123,7 +127,7 @@ class PrefixIndex:
         for key in stored:
             held[key] = None
             held.move_to_end(key)
-            self._holders.setdefault(key, {})[engine_id] = None
+            self._link(engine_id, key)
         for key in removed:
             if key in held:
                 del held[key]
@@ -138,7 +142,7 @@ class PrefixIndex:
         self._blocks[engine_id] = held
         for key in blocks:
             held[key] = None
-            self._holders.setdefault(key, {})[engine_id] = None
+            self._link(engine_id, key)
         self._sequence[engine_id] = sequence
 
     def size(self, engine_id: str) -> int:
@@ -150,9 +154,20 @@ class PrefixIndex:
         """Distinct blocks known; bounded by the sum of the capacities."""
         return len(self._holders)
 
+    def _link(self, engine_id: str, key: bytes) -> None:
+        of_key = self._holders.get(key)
+        if of_key is None:
+            self._holders[key] = engine_id
+        elif isinstance(of_key, dict):
+            of_key[engine_id] = None
+        elif of_key != engine_id:
+            self._holders[key] = {of_key: None, engine_id: None}
+
     def _unlink(self, engine_id: str, key: bytes) -> None:
         of_key = self._holders.get(key)
-        if of_key is not None:
+        if isinstance(of_key, dict):
             of_key.pop(engine_id, None)
-            if not of_key:
-                del self._holders[key]
+            if len(of_key) == 1:
+                self._holders[key] = next(iter(of_key))
+        elif of_key == engine_id:
+            del self._holders[key]

@@ -23,8 +23,11 @@ def choose(
     """Return the least of predicted TTFT + weight x own prefill + lateness of the decode pace."""
     slo = view.slo
     total = request.prompt_tokens + request.emitted
+    pace_limit = slo.tpot_s * 0.9
     backlogs = [engine.backlog(now) for engine in candidates]
-    shortest = min(b / e.latency.prefill_rate for b, e in zip(backlogs, candidates, strict=True))
+    shortest = min(backlogs)
+    if shortest > 0.0:
+        shortest = min([b / e.latency.prefill_rate for b, e in zip(backlogs, candidates, strict=True)])
     weight = min(1.0 + shortest / slo.ttft_s, CEILING)
     best, best_cost, best_hit = candidates[0], float("inf"), 0
     for engine, backlog in zip(candidates, backlogs, strict=True):
@@ -32,7 +35,7 @@ def choose(
         uncached = total - hit
         latency = engine.latency
         cost = latency.ttft(backlog + uncached, engine.decoding) + weight * uncached / latency.prefill_rate
-        late = latency.tpot(engine.running + 1, engine.context_tokens + total) - slo.tpot_s * 0.9
+        late = latency.tpot(engine.running + 1, engine.context_tokens + total) - pace_limit
         if late > 0.0:
             cost += late * 100.0
         if cost < best_cost:

@@ -115,7 +115,14 @@ def speed_up(requests: Sequence[SimRequest], factor: float) -> list[SimRequest]:
 
 
 def poisson(
-    rate: float, count: int, *, prompt_tokens: int, output_tokens: int, seed: int, groups: int = 0
+    rate: float,
+    count: int,
+    *,
+    prompt_tokens: int,
+    output_tokens: int,
+    seed: int,
+    groups: int = 0,
+    block_tokens: int = 16,
 ) -> list[SimRequest]:
     """Return Poisson arrivals of `rate` a second with exponential lengths of the given means.
 
@@ -130,11 +137,11 @@ def poisson(
         output = max(1, round(rng.expovariate(1.0 / output_tokens)))
         blocks: tuple[bytes, ...] = ()
         if groups:
-            total = prompt // 16
+            total = prompt // block_tokens
             group = rng.randrange(groups)
             shared = total // 2
             names = [(group << 32) + i for i in range(shared)]
             names += [(1 << 62) + (serial << 20) + i for i in range(total - shared)]
             blocks = tuple(name.to_bytes(8, "big") for name in names)
-        out.append(SimRequest(at, prompt, output, blocks, 16 if groups else 0))
+        out.append(SimRequest(at, prompt, output, blocks, block_tokens if groups else 0))
     return out

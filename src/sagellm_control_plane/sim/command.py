@@ -1,0 +1,102 @@
+"""The program behind ``sage-llm simulate``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from sagellm_control_plane.config import SLO
+from sagellm_control_plane.sim.engine_model import EngineConstants
+from sagellm_control_plane.sim.faults import parse_faults
+from sagellm_control_plane.sim.plot import goodput_svg
+from sagellm_control_plane.sim.report import compare, table
+from sagellm_control_plane.sim.traces import poisson, read_trace
+from sagellm_protocol.errors import InvalidArgumentError, SageError
+
+__all__ = ["main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sage-llm simulate",
+        description="Run a trace through the control plane's own policies and simulated engines.",
+    )
+    parser.add_argument("--trace", type=Path, help="a Mooncake .jsonl or an Azure .csv; without it: Poisson arrivals")
+    parser.add_argument("--rate", type=float, default=4.0, help="requests a second without a trace")
+    parser.add_argument("--requests", type=int, default=2000, help="requests without a trace")
+    parser.add_argument("--prompt-tokens", type=int, default=2000, help="mean prompt length without a trace")
+    parser.add_argument("--output-tokens", type=int, default=200, help="mean output length without a trace")
+    parser.add_argument("--policy", default="round_robin,least_loaded,lmetric,predicted_latency,adaptive")
+    parser.add_argument("--engines", type=int, default=8)
+    parser.add_argument("--speedup", default="1", help="how many times closer arrivals come, several with commas")
+    parser.add_argument(
+        "--faults", default="", help="kind[:engine]@seconds[=value], several with commas, engines are e0, e1, ..."
+    )
+    parser.add_argument("--ttft", type=float, default=2.0, help="objective, seconds")
+    parser.add_argument("--tpot", type=float, default=0.06, help="objective, seconds")
+    parser.add_argument("--constants", type=Path, help="engine constants as JSON, as `sage-llm profile` writes them")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write all numbers there")
+    parser.add_argument("--plot", type=Path, help="write an SVG of goodput over load there")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    options = _parser().parse_args(argv)
+    try:
+        return _run(options)
+    except (SageError, OSError) as error:
+        sys.stderr.write(f"sage-llm simulate: {error}\n")
+        return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    constants = EngineConstants()
+    if options.constants is not None:
+        try:
+            constants = msgspec.json.decode(options.constants.read_bytes(), type=EngineConstants)
+        except msgspec.DecodeError as error:
+            raise InvalidArgumentError(f"{options.constants}: {error}", param="constants") from None
+    if options.trace is not None:
+        requests = read_trace(options.trace)
+    else:
+        requests = poisson(
+            options.rate,
+            options.requests,
+            prompt_tokens=options.prompt_tokens,
+            output_tokens=options.output_tokens,
+            seed=options.seed,
+        )
+    try:
+        speeds = [float(part) for part in options.speedup.split(",")]
+    except ValueError:
+        raise InvalidArgumentError(
+            f"speedup is {options.speedup!r}: write numbers, e.g. 1,2,3", param="speedup"
+        ) from None
+    rows = []
+    for row in compare(
+        requests,
+        options.policy.split(","),
+        speeds,
+        engines=options.engines,
+        slo=SLO(ttft_s=options.ttft, tpot_s=options.tpot),
+        constants=constants,
+        seed=options.seed,
+        faults=parse_faults(options.faults),
+    ):
+        rows.append(row)
+        sys.stderr.write(
+            f"{row.policy} {row.speed_up:g}x: goodput {row.goodput:.3f}, TTFT p50 {row.ttft_p50:.2f} s p99 {row.ttft_p99:.2f} s, "
+            f"refused {row.refused}, failed {row.failed}, {row.placement_us:.0f} us a placement, {row.wall_s:.1f} s\n"
+        )
+    sys.stdout.write(table(rows) + "\n")
+    if options.json is not None:
+        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(rows)))
+    if options.plot is not None:
+        options.plot.write_text(goodput_svg(rows), encoding="utf-8")
+    return 0
