@@ -43,7 +43,7 @@ def plan_engine(config: EngineConfig) -> MemoryPlan:
         UnavailableError: the backend cannot run here.
     """
     with _opened(config.model, config) as model:
-        return plan_memory(config, model.spec, model.file_bytes, _backend(config))
+        return _plan(config, model, _backend(config))
 
 
 def build_engine(config: EngineConfig, *, clock: Callable[[], float] = monotonic) -> Engine:
@@ -60,8 +60,8 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = monotonic
 
     backend = _backend(config)
     with ExitStack() as undo, _opened(config.model, config) as model:
-        plan = plan_memory(config, model.spec, model.file_bytes, backend)
-        runner = _load(config, plan, backend, model)
+        plan = _plan(config, model, backend)
+        runner = _load(_options(config, plan), backend, model)
         undo.callback(runner.close)
         speculator = _speculator(config, plan, backend, model.spec)
         if speculator is not None:
@@ -143,19 +143,26 @@ def _opened(path: str, config: EngineConfig) -> Iterator[_Model]:
         yield _Model(files.spec, files.weights, files.quantization, files.file_bytes)
 
 
-def _load(config: EngineConfig, plan: MemoryPlan, backend: Backend, model: _Model) -> Runner:
+def _plan(config: EngineConfig, model: _Model, backend: Backend) -> MemoryPlan:
+    if config.speculation.draft_model is None:
+        return plan_memory(config, model.spec, model.file_bytes, backend)
+    with _opened(config.speculation.draft_model, config) as draft:
+        return plan_memory(config, model.spec, model.file_bytes, backend, (draft.spec, draft.file_bytes))
+
+
+def _load(options: LoadOptions, backend: Backend, model: _Model) -> Runner:
     try:
-        return backend.load(model.spec, model.weights, _options(config, plan))
+        return backend.load(model.spec, model.weights, options)
     except ValueError as error:  # a backend's word for weights that do not match their spec
         raise ModelFileError(f"the model cannot be loaded: {error}") from error
 
 
-def _options(config: EngineConfig, plan: MemoryPlan) -> LoadOptions:
+def _options(config: EngineConfig, plan: MemoryPlan, more_rows: int = 0) -> LoadOptions:
     from sagellm_backend.base import LoadOptions
 
     return LoadOptions(
         n_blocks=plan.n_blocks,
-        max_rows=plan.max_rows,
+        max_rows=plan.max_rows + more_rows,
         max_logit_rows=plan.max_logit_rows,
         threads=config.device.threads,
         quant=config.device.quant,
@@ -194,4 +201,4 @@ def _speculator(config: EngineConfig, plan: MemoryPlan, backend: Backend, spec: 
                 f"the draft model has {draft.spec.vocab_size} tokens, the model {spec.vocab_size}: take one of the same family",
                 param="draft_model",
             )
-        return DraftSpeculator(_load(config, plan, backend, draft), options.max_draft)
+        return DraftSpeculator(_load(_options(config, plan, config.limits.parallel), backend, draft), options.max_draft)

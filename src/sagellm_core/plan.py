@@ -31,13 +31,13 @@ class MemoryPlan:
     """Bytes, and the sizes they follow from.
 
     Attributes:
-        weight_bytes: weights as they will lie on the device.
-        kv_bytes: all KV blocks.
+        weight_bytes: weights as they will lie on the device, the draft model's with them.
+        kv_bytes: all KV blocks, the draft model's with them.
         activation_bytes: of one step of `max_rows` rows.
         scratch_bytes: logits, and the runtime itself.
         free_bytes: what may be used: free on the device, or the cap that was given.
         n_ctx: tokens of one sequence.
-        n_blocks, block_bytes: the KV cache.
+        n_blocks, block_bytes: the KV cache; a block is one of the model and one of the draft model together.
         max_rows, max_logit_rows: the step.
     """
 
@@ -76,8 +76,14 @@ class MemoryPlan:
         return "\n".join(f"{name:<12} {human(size):>10}  {note}".rstrip() for name, size, note in rows)
 
 
-def plan_memory(config: EngineConfig, spec: DecoderSpec, file_bytes: int, backend: Backend) -> MemoryPlan:
-    """Size an engine for `config`.
+def plan_memory(
+    config: EngineConfig,
+    spec: DecoderSpec,
+    file_bytes: int,
+    backend: Backend,
+    draft: tuple[DecoderSpec, int] | None = None,
+) -> MemoryPlan:
+    """Size an engine for `config`; `draft` is the spec and the file size of the draft model, if there is one.
 
     Without ``limits.n_ctx`` the context is the model's, at most 8192, or what fits. Without ``cache.kv_bytes`` the cache holds
     `parallel` full sequences, at most half of what is free besides the weights, and always at least one full sequence.
@@ -90,13 +96,14 @@ def plan_memory(config: EngineConfig, spec: DecoderSpec, file_bytes: int, backen
     limits = config.limits
     drafts = config.speculation.max_draft if config.speculation.method != "none" else 0
     max_logit_rows = limits.parallel * (1 + drafts) + 16
-    weights = _weight_bytes(config, spec, file_bytes, backend)
-    activations = _activation_bytes(spec, limits.max_batch_tokens)
-    scratch = max_logit_rows * spec.vocab_size * 4 + RUNTIME_BYTES
+    models = [(spec, file_bytes)] if draft is None else [(spec, file_bytes), draft]
+    weights = sum(_weight_bytes(config, each, size, backend) for each, size in models)
+    activations = sum(_activation_bytes(each, limits.max_batch_tokens) for each, _ in models)
+    scratch = len(models) * max_logit_rows * spec.vocab_size * 4 + RUNTIME_BYTES
     free = backend.memory().free
     if config.device.memory_bytes is not None:
         free = min(free, config.device.memory_bytes)
-    block_bytes = backend.kv_block_bytes(spec, config.device.kv_dtype)
+    block_bytes = sum(backend.kv_block_bytes(each, config.device.kv_dtype) for each, _ in models)
     room = free - weights - activations - scratch
     if config.cache.kv_bytes is not None:
         room = min(room, config.cache.kv_bytes)

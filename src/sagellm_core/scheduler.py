@@ -216,9 +216,10 @@ class Scheduler:
     def _room_for(self, seq: SequenceState, step: Schedule) -> Match | None:
         """Return what the cache holds of `seq` if it can start now; sequences of a lower band are pushed back for it."""
         while True:
-            found = self.kv.match(seq)
-            if found.promised or (len(self.running) < self.limits.max_running and self._fits(seq, found)):
-                return found
+            if len(self.running) < self.limits.max_running:
+                found = self.kv.match(seq)
+                if found.promised or self._fits(seq, found):
+                    return found
             victim = self.running[-1] if self.running else seq
             if victim.request.priority <= seq.request.priority or victim.urgency <= seq.urgency:
                 return None
