@@ -18,4 +18,6 @@ def __getattr__(name: str) -> Any:
         from sagellm import client
 
         return getattr(client, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sagellm.migrate.packages import resolve
+
+    return resolve(__name__, name)
