@@ -391,7 +391,7 @@ class Engine:
         while works:
             batch = build_batch(works)
             try:
-                result = self._forward(batch)
+                result = self._forward(works, batch)
             except SequenceFailure as failure:
                 if works[failure.index].draft:
                     works[failure.index].draft.clear()  # it may have been a guess that failed
@@ -406,9 +406,9 @@ class Engine:
                 return read_result(works, batch, result)
         return iter(())
 
-    def _forward(self, batch: StepBatch) -> StepResult:
+    def _forward(self, works: list[Work], batch: StepBatch) -> StepResult:
         if self._speculator is not None:
-            self._speculator.follow(batch)
+            self._speculator.follow(works)
         return self._runner.step(batch)
 
     def _update(self, work: Work, draws: list[Draw]) -> None:

@@ -35,8 +35,8 @@ class Speculator(Protocol):
         """Fill `draft` of each work with at most `n_draft` tokens."""
         ...
 
-    def follow(self, batch: StepBatch) -> None:
-        """See the rows that the model is about to run."""
+    def follow(self, works: Sequence[Work]) -> None:
+        """See what the model is about to run."""
         ...
 
     def observe(self, work: Work, accepted: int) -> None:
@@ -148,7 +148,7 @@ class NgramSpeculator:
                 return [tokens[start + ahead % period] for ahead in range(n)]
         return []
 
-    def follow(self, batch: StepBatch) -> None:
+    def follow(self, works: Sequence[Work]) -> None:
         """Nothing: there is no model."""
 
     def observe(self, work: Work, accepted: int) -> None:
@@ -175,13 +175,14 @@ class DraftSpeculator:
     come back from the disk tier are not restored here: guesses over them may be worse, never the output.
 
     Args:
-        runner: the draft model, with as many blocks as the model; closed with the speculator.
+        runner: the draft model, with as many blocks as the model, and room for a row more a sequence; closed with the speculator.
         max_draft: most tokens guessed at once.
     """
 
     def __init__(self, runner: Runner, max_draft: int) -> None:
         self._runner = runner
         self._lengths = _Lengths(max_draft)
+        self._seen: dict[int, int] = {}
 
     def plan(self, running: Sequence[SequenceState]) -> None:
         """Set `want_draft` of each sequence."""
@@ -189,58 +190,73 @@ class DraftSpeculator:
 
     def propose(self, works: Sequence[Work]) -> None:
         """Decode ahead with the draft model, all sequences together, one token a round."""
-        active = list(works)
-        while active:
-            batch = _next_rows(active)
-            ids = self._runner.step(batch).token_ids.tolist()
-            for work, token_id in zip(active, ids, strict=True):
+        rows = [_Rows(work, begin := self._begin(work), work.seq.tokens[begin : work.start + 1]) for work in works]
+        while rows:
+            ids = self._runner.step(_batch(rows, draw=True)).token_ids.tolist()
+            for row, token_id in zip(rows, ids, strict=True):
+                self._seen[row.work.seq.arrival] = row.begin + len(row.tokens)
                 if token_id >= 0:
-                    work.draft.append(token_id)
+                    row.work.draft.append(token_id)
                 else:
-                    work.n_draft = len(work.draft)
-            active = [work for work in active if len(work.draft) < work.n_draft]
+                    row.work.n_draft = len(row.work.draft)
+            works = [row.work for row in rows if len(row.work.draft) < row.work.n_draft]
+            rows = [_Rows(work, work.start + len(work.draft), [work.draft[-1]]) for work in works]
 
-    def follow(self, batch: StepBatch) -> None:
-        """Run the model's rows through the draft model too, so that its cache holds the same tokens."""
-        self._runner.step(
-            StepBatch(
-                token_ids=batch.token_ids,
-                starts=batch.starts,
-                lengths=batch.lengths,
-                block_tables=batch.block_tables,
-                logit_rows=np.empty(0, np.int32),
-                sampling=(),
-            )
-        )
+    def follow(self, works: Sequence[Work]) -> None:
+        """Run prompts, and tokens for which nothing was guessed, through the draft model too."""
+        rows = [
+            _Rows(work, begin := self._begin(work), work.seq.tokens[begin : work.start + work.n_rows])
+            for work in works
+            if not work.draft
+        ]
+        if rows:
+            self._runner.step(_batch(rows, draw=False))
+        for row in rows:
+            self._seen[row.work.seq.arrival] = row.begin + len(row.tokens)
 
     def observe(self, work: Work, accepted: int) -> None:
-        """Learn how many guesses held."""
+        """Learn how many guesses held; the cache of the draft model is right up to there."""
         self._lengths.learn(work, accepted)
+        arrival = work.seq.arrival
+        self._seen[arrival] = min(self._seen[arrival], work.start + 1 + accepted)
 
     def copy_block(self, source: int, destination: int) -> None:
         """Copy a block of the draft model's cache."""
         self._runner.kv.copy_blocks([(source, destination)])
 
     def forget(self, seq: SequenceState) -> None:
-        """Drop the length of a sequence."""
+        """Drop what is known of a sequence."""
         self._lengths.forget(seq)
+        self._seen.pop(seq.arrival, None)
 
     def close(self) -> None:
         """Close the draft model."""
         self._runner.close()
 
+    def _begin(self, work: Work) -> int:
+        """The first position that the draft model has not seen: the last guess, if all guesses of a step held."""
+        return min(self._seen.get(work.seq.arrival, work.start), work.start)
 
-def _next_rows(works: Sequence[Work]) -> StepBatch:
-    """Return one row a sequence: its newest token or guess."""
-    tables = np.full((len(works), max(len(work.seq.blocks) for work in works)), -1, np.int32)
-    for index, work in enumerate(works):
-        tables[index, : len(work.seq.blocks)] = work.seq.blocks
-    newest = [work.draft[-1] if work.draft else work.seq.tokens[-1] for work in works]
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Tokens of one sequence for the draft model, from position `begin`."""
+
+    work: Work
+    begin: int
+    tokens: list[int]
+
+
+def _batch(rows: Sequence[_Rows], *, draw: bool) -> StepBatch:
+    tables = np.full((len(rows), max(len(row.work.seq.blocks) for row in rows)), -1, np.int32)
+    for index, row in enumerate(rows):
+        tables[index, : len(row.work.seq.blocks)] = row.work.seq.blocks
+    lengths = np.array([len(row.tokens) for row in rows], np.int32)
     return StepBatch(
-        token_ids=np.array(newest, np.int32),
-        starts=np.array([work.start + len(work.draft) for work in works], np.int32),
-        lengths=np.ones(len(works), np.int32),
+        token_ids=np.array([token for row in rows for token in row.tokens], np.int32),
+        starts=np.array([row.begin for row in rows], np.int32),
+        lengths=lengths,
         block_tables=tables,
-        logit_rows=np.arange(len(works), dtype=np.int32),
-        sampling=[RowSampling(_GREEDY)] * len(works),
+        logit_rows=(np.cumsum(lengths) - 1).astype(np.int32) if draw else np.empty(0, np.int32),
+        sampling=[RowSampling(_GREEDY)] * len(rows) if draw else (),
     )

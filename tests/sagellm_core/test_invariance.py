@@ -30,7 +30,7 @@ def backend(request):
 
 
 def tiny_engine(backend, *, n_blocks=64, max_rows=64, caching=True, speculator=None, spill_dir=None):
-    options = LoadOptions(n_blocks=n_blocks, max_rows=max_rows, max_logit_rows=64)
+    options = LoadOptions(n_blocks=n_blocks, max_rows=max_rows + 6, max_logit_rows=64)
     runner = backend.load(SPEC, WEIGHTS, options)
     settings = EngineSettings(
         engine_id="tiny",
