@@ -1,8 +1,12 @@
 """The old import paths, as a user's process sees them: each test starts a fresh interpreter."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -156,3 +160,33 @@ for name in names:
 """
     done = python(code, CORE, GATEWAY, mode="silent")
     assert done.returncode == 0, done.stderr
+
+
+def test_the_old_console_script_serves(tmp_path):
+    """`sage-llm-gateway` with its old variables starts the gateway on the old port, and warns."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (CORE, GATEWAY, ROOT / "src"))),
+        "SAGE_GATEWAY_PORT": str(port),
+        "SAGELLM_STATE": str(tmp_path / "state.db"),
+    }
+    errors = tmp_path / "errors"
+    with errors.open("w") as stream:
+        argv = [sys.executable, "-Walways", "-m", "sage.llm.gateway"]
+        process = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=stream)
+    try:
+        for _ in range(300):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/live", timeout=5) as answer:
+                    assert answer.status == 200
+                    break
+            except urllib.error.URLError:
+                assert process.poll() is None, errors.read_text()
+                time.sleep(0.1)
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0, errors.read_text()
+    assert "SAGE_GATEWAY_PORT is deprecated" in errors.read_text()
+    assert "sage-llm-gateway is deprecated" in errors.read_text()
