@@ -61,7 +61,6 @@ def test_exponential_servers_match_erlang_c(servers, rate):
     load = rate * service
     theory = service + erlang_c(servers, load) * service / (servers - load)
     measured = sum(o.end_at - o.at for o in result.outcomes) / len(result.outcomes)
-    print(measured/theory-1)
     assert measured == pytest.approx(theory, rel=0.02)
 
 
