@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import msgspec
 
@@ -15,7 +13,8 @@ from sagellm_backend.spec import DecoderSpec
 from sagellm_core.adapters import AdapterTable
 from sagellm_core.batch import Draw, build_batch, read_result
 from sagellm_core.kv_cache import KVCache
-from sagellm_core.metrics import EngineMetrics, rss_bytes
+from sagellm_core.metrics import EngineMetrics
+from sagellm_core.observe import EngineSettings, description, status
 from sagellm_core.pooling import Pooler
 from sagellm_core.request import GrammarCompiler, Phase, SequenceState
 from sagellm_core.scheduler import Schedule, Scheduler, SchedulerLimits, Work
@@ -38,42 +37,6 @@ from sagellm_protocol.generation import FinishReason, TokenLogprob
 from sagellm_protocol.prefix import BlockEvent, root_hash
 
 __all__ = ["Engine", "EngineSettings"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSettings:
-    """What an engine is told besides its runner.
-
-    Attributes:
-        engine_id: unique in a control plane.
-        model: the name it is served under.
-        n_ctx: most tokens of one sequence, prompt and output.
-        max_running: sequences that run at the same time.
-        max_rows: rows of a step.
-        max_logit_rows: rows of a step whose next token can be drawn.
-        max_waiting: sequences that may queue.
-        ageing_s: seconds of age that count as much as one priority band.
-        max_failures: steps in a row that may fail before the engine is dead.
-        prefix_caching: keep blocks of ended sequences findable.
-        adapter_bytes: hard cap for the factors of all LoRA adapters together.
-        backend, device, quantization, model_path: for `describe`.
-    """
-
-    engine_id: str
-    model: str
-    n_ctx: int
-    max_running: int = 16
-    max_rows: int = 512
-    max_logit_rows: int = 32
-    max_waiting: int = 4096
-    ageing_s: float = 30.0
-    max_failures: int = 3
-    prefix_caching: bool = True
-    adapter_bytes: int = 1 << 30
-    backend: str = ""
-    device: str = ""
-    quantization: str = ""
-    model_path: str = ""
 
 
 class Engine:
@@ -262,58 +225,18 @@ class Engine:
 
     def describe(self) -> EngineDescription:
         """Return what the engine serves."""
-        settings, spec = self.settings, self._runner.spec
-        return EngineDescription(
-            engine_id=settings.engine_id,
-            model=settings.model,
-            architecture=spec.architecture,
-            backend=settings.backend,
-            device=settings.device,
-            vocab_size=spec.vocab_size,
-            context_length=settings.n_ctx,
-            block_size=BLOCK_SIZE,
-            n_blocks=self._kv.n_blocks,
-            max_batch_tokens=settings.max_rows,
-            max_sequences=settings.max_running,
-            quantization=settings.quantization,
-            pid=os.getpid(),
-            model_path=settings.model_path,
-            block_bytes=self._runner.kv.block_bytes,
-            weight_bytes=self._runner.weight_bytes,
-        )
+        return description(self.settings, self._runner)
 
     def status(self) -> EngineStatus:
         """Return what the engine is doing. May be called from any thread, also while a step runs or hangs."""
-        metrics, kv, spill = self.metrics, self._kv, self._spill
-        return EngineStatus(
-            engine_id=self.settings.engine_id,
-            running=len(self._scheduler.running) + self._pooler.n_running,
-            waiting=len(self._scheduler.waiting) + self._pooler.n_waiting,
-            blocks_total=kv.n_blocks,
-            blocks_used=kv.n_used,
-            blocks_cached=kv.n_cached,
-            steps=metrics.steps,
-            prompt_tokens=metrics.prompt_tokens,
-            generation_tokens=metrics.generation_tokens,
-            prefix_queries=kv.counters.queried_tokens,
-            prefix_hits=kv.counters.hit_tokens,
-            preemptions=self._scheduler.preemptions,
-            evictions=kv.counters.evictions,
-            aborted=metrics.aborted,
-            finished=metrics.finished,
-            failed=metrics.failed,
-            draft_tokens=metrics.draft_tokens,
-            accepted_tokens=metrics.accepted_tokens,
-            rss_bytes=rss_bytes(),
-            step_seconds=metrics.step_seconds,
+        return status(
+            self.settings,
+            self.metrics,
+            self._kv,
+            self._scheduler,
+            self._spill,
+            pooling=(self._pooler.n_running, self._pooler.n_waiting),
             draining=self.draining,
-            evict_seconds=spill.store_seconds if spill is not None else 0.0,
-            copied_blocks=kv.counters.copied_blocks,
-            blocks_spilled=spill.n_blocks if spill is not None else 0,
-            spill_bytes=spill.n_bytes if spill is not None else 0,
-            spill_hits=kv.counters.spill_hits,
-            spill_errors=spill.errors if spill is not None else 0,
-            histograms=metrics.histograms(),
             adapters=self._adapters.names,
         )
 
