@@ -57,7 +57,7 @@ class PrefixIndex:
                 of_key = holders.get(key)
                 if of_key is None:
                     holders[key] = engine_id
-                elif type(of_key) is dict:
+                elif isinstance(of_key, dict):
                     of_key[engine_id] = None
                 elif of_key != engine_id:
                     holders[key] = {of_key: None, engine_id: None}
