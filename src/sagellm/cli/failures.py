@@ -22,7 +22,9 @@ def exit_status(code: object) -> int:
         return 0
     if isinstance(code, int):
         return code
-    sys.stderr.write(f"{code}\n")
+    text = str(code)
+    sys.stderr.write(text if text.startswith("error") else f"error: {text}")
+    sys.stderr.write("\n")
     return 1
 
 

@@ -35,6 +35,7 @@ COMMANDS: dict[str, Command] = {
     "pull": Command("sagellm.cli.pull", "Bring a model onto this machine", _MODELS),
     "list": Command("sagellm.cli.list", "Show the models on this machine", _MODELS),
     "rm": Command("sagellm.cli.rm", "Delete a model from this machine", _MODELS),
+    "bench": Command("sagellm.cli.bench", "Measure a server or an engine, compare two runs", _OPERATE),
     "info": Command("sagellm.cli.info", "Show this installation and machine", _OPERATE),
     "doctor": Command(
         "sagellm.cli.doctor", "Check the installation and the machine, with the cure of what is wrong", _OPERATE

@@ -72,7 +72,9 @@ def serve_until_stopped(options: ServeOptions) -> None:
     if options.access_log:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         logging.getLogger("sagellm_gateway.access").setLevel(logging.INFO)
-    house = compose.build_server(configs, gateway, options.changes, scheduling_policy=options.policy)
+    house = compose.build_server(
+        configs, gateway, options.changes, remember=options.port != 0, scheduling_policy=options.policy
+    )
     start = _Start(house, configs, options.engines, f"http://{_shown_host(options.host)}:{port}", began)
     app = house.server_app(start.lifespan)
     refuse_open_door(app.state.gateway, gateway)

@@ -1,0 +1,1 @@
+"""Load generator and measurements: workloads, runner, report, plot, comparison. Works against any OpenAI-compatible URL."""
