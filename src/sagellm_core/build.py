@@ -109,6 +109,11 @@ def _backend(config: EngineConfig) -> Backend:
             f"the model is 'mock' and the backend {config.backend!r}: a mock model runs on the mock device only",
             param="backend",
         )
+    if config.mock.script is not None and not config.is_mock:
+        raise InvalidArgumentError(
+            f"a script is written in the mock model's bytes, the model is {config.served_id}: leave the model out",
+            param="script",
+        )
     if config.is_mock or config.backend == "mock":
         mock = config.mock
         return MockBackend(

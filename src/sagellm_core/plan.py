@@ -164,7 +164,7 @@ def _refusal(config: EngineConfig, plan: MemoryPlan, room: int, block_size: int)
         f"sequence of {plan.n_ctx} tokens, the rest {human(plan.activation_bytes + plan.scratch_bytes)})"
     )
     if config.cache.kv_bytes is not None and config.cache.kv_bytes == room:
-        return f"{fact}, --kv-bytes allows {human(room)} for KV: pass --kv-bytes {plan.kv_bytes} or more"
+        return f"{fact}, --kv-size allows {human(room)} for KV: pass --kv-size {plan.kv_bytes} or more"
     fitting = max(0, room) // plan.block_bytes * block_size - block_size
     if fitting >= LEAST_CONTEXT:
         cure = f"pass --ctx {fitting} or less"

@@ -57,6 +57,6 @@ def _check_length(n_prompt: int, max_tokens: int, n_ctx: int, kv_tokens: int) ->
     if n_prompt + max_tokens > kv_tokens:
         raise ContextLengthError(
             f"prompt ({n_prompt} tokens) + max_tokens ({max_tokens}) is {n_prompt + max_tokens} tokens, the KV cache "
-            f"holds {kv_tokens}: start the engine with more --kv-bytes",
+            f"holds {kv_tokens}: start the engine with more --kv-size",
             param="max_tokens",
         )

@@ -89,7 +89,7 @@ def test_the_byte_cap_of_the_cache_is_hard():
     """The cap is never exceeded; too little for one sequence is refused with the number that is enough."""
     got = plan(cache=CacheOptions(kv_bytes=100 * BLOCK), limits=Limits(n_ctx=1024))
     assert got.kv_bytes <= 100 * BLOCK
-    with pytest.raises(ResourceExhaustedError, match=f"--kv-bytes {65 * BLOCK}"):
+    with pytest.raises(ResourceExhaustedError, match=f"--kv-size {65 * BLOCK}"):
         plan(cache=CacheOptions(kv_bytes=10 * BLOCK), limits=Limits(n_ctx=1024))
 
 
@@ -146,6 +146,7 @@ def test_a_configuration_survives_json():
         (lambda: build_engine(EngineConfig(model="mock", backend="cpu")), "backend"),
         (lambda: build_engine(EngineConfig(model="mock", device=DeviceOptions(quant="q4"))), "quant"),
         (lambda: build_engine(EngineConfig(model="mock", mock=MockOptions(script="/nowhere"))), "script"),
+        (lambda: build_engine(EngineConfig(model="a.gguf", backend="mock", mock=MockOptions(script="s"))), "script"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_by_name(make, param):
