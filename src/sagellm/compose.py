@@ -129,12 +129,13 @@ class StoreCatalog:
         return load_text_side(self.config(model_id))
 
 
-def engine_argv(spec: EngineSpec, socket: str) -> list[str]:
-    """Return the command that runs an engine in its own process, listening on the unix socket."""
+def engine_argv(spec: EngineSpec, address: str) -> list[str]:
+    """Return the command that runs an engine in its own process, listening on a unix socket or on ``tcp://host:port``."""
     import msgspec
 
     config = msgspec.json.encode(spec.config).decode()
-    return [sys.executable, "-m", "sagellm_core.server", "--config", config, "--socket", socket]
+    where = ["--tcp", address.removeprefix("tcp://")] if address.startswith("tcp://") else ["--socket", address]
+    return [sys.executable, "-m", "sagellm_core.server", "--config", config, *where]
 
 
 class House:
@@ -238,13 +239,35 @@ async def add_local(manager: ControlPlaneManager, config: EngineConfig) -> None:
 
 
 def build_server(
-    configs: Sequence[EngineConfig], gateway: GatewayConfig, changes: Mapping[str, Any] | None = None, **policy: Any
+    configs: Sequence[EngineConfig],
+    gateway: GatewayConfig,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    remember: bool = False,
+    **policy: Any,
 ) -> House:
-    """Return a house whose engines will run in processes of their own; nothing is started yet."""
+    """Return a house whose engines will run in processes of their own; nothing is started yet.
+
+    Args:
+        configs: of the engines that will be started.
+        gateway: the gateway's configuration.
+        changes: to the configuration of engines that are started later.
+        remember: note engines beside the gateway's state, one file for each port, so that after a kill -9 the next server on the
+            port takes them over. Without it, or without state, they end with this process.
+        policy: of the control plane.
+    """
     from sagellm_control_plane.live.process_driver import ProcessDriver
+    from sagellm_control_plane.live.store import Store
     from sagellm_control_plane.manager import ControlPlaneManager
 
+    known = None
+    if remember and gateway.state_path is not None:
+        known = Store(Path(gateway.state_path).with_name(f"engines-{gateway.port}.sqlite"))
     manager = ControlPlaneManager(
-        mode="local", driver=ProcessDriver(engine_argv), catalog=StoreCatalog(configs, changes), **policy
+        mode="local",
+        driver=ProcessDriver(engine_argv, store=known),
+        catalog=StoreCatalog(configs, changes),
+        store=known,
+        **policy,
     )
     return House(manager, [config.served_id for config in configs], gateway)

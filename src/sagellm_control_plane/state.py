@@ -96,6 +96,8 @@ class ControlState:
         self._route = route_named(config.routing_strategy)
         self.routing_strategy = config.routing_strategy
         self._records: dict[str, _Record] = {}
+        self._arrived: dict[str, int] = {}
+        self._ended: dict[str, int] = {}
         self._queues: dict[str, WaitingQueue] = {}
         self._retries = migration.retry_budget(config.retry)
         self._hedges = migration.hedge_budget(config.hedge)
@@ -137,6 +139,10 @@ class ControlState:
             queue = self._queues.get(model)
             return len(queue) if queue is not None else 0
         return sum(len(queue) for queue in self._queues.values())
+
+    def arrivals_of(self, model: str) -> tuple[int, int]:
+        """Sequences of a model that arrived, and that ended, since the start."""
+        return self._arrived.get(model, 0), self._ended.get(model, 0)
 
     def is_waiting(self, request_id: str) -> bool:
         """Whether the sequence is held centrally now."""
@@ -196,7 +202,8 @@ class ControlState:
         engine.reported_waiting = status.waiting
         engine.blocks_used = status.blocks_used
         engine.blocks_cached = status.blocks_cached
-        if status.steps != engine.reported_steps or status.running + status.waiting == 0:
+        idle_or_loading = status.running + status.waiting == 0 or status.phase != "ready"
+        if status.steps != engine.reported_steps or idle_or_loading:
             engine.reported_steps = status.steps
             engine.stepped_at = now
             return []
@@ -225,6 +232,7 @@ class ControlState:
     def _on_arrived(self, event: RequestArrived, now: float) -> list[Command]:
         request = event.request
         self.stats.arrived += 1
+        self._arrived[request.model] = self._arrived.get(request.model, 0) + 1
         self._retries.on_arrival()
         self._hedges.on_arrival()
         record = _Record(request)
@@ -397,6 +405,7 @@ class ControlState:
     def _end(self, record: _Record, output_tokens: int) -> None:
         request = record.request
         del self._records[request.request_id]
+        self._ended[request.model] = self._ended.get(request.model, 0) + 1
         self.counters.charge(request.tenant, 0, output_tokens)
         self.stats.output_tokens += output_tokens
         means = self.view.output_tokens
