@@ -14,6 +14,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sagellm_core.listener import listen_tcp, listen_unix
 from sagellm_core.server import EXIT_ENGINE_DIED, EXIT_OK, EngineServer
@@ -286,6 +288,36 @@ async def test_garbage_after_hello(tmp_path):
         assert failure.stream is None
         await served.engine.until(lambda e: e.aborted)
         assert served.engine.aborted == ["r"]
+
+
+FRAGMENTS = [
+    wire.encode_frame(wire.Hello()),
+    wire.encode_frame(wire.Submit(stream=1, request=request(max_tokens=3))),
+    wire.encode_frame(wire.Submit(stream=2, request=request(4, request_id="waits"))),
+    wire.encode_frame(wire.Submit(stream=3, request=request(2, request_id="bug"))),
+    wire.encode_frame(wire.Abort(stream=2)),
+    wire.encode_frame(wire.Abort(stream=99)),
+    wire.encode_frame(wire.call(5, "status", wire.NoParams())),
+    wire.encode_frame(wire.call(6, "abort", wire.NoParams())),
+    wire.encode_frame(wire.Cancel(call_id=5)),
+    wire.encode_frame(wire.Goodbye(reason="x")),
+]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(FRAGMENTS) | st.binary(max_size=30), max_size=12), st.integers(0, 10**6))
+async def test_any_bytes_in_any_order(tmp_path, pieces, cut):
+    """Whatever a peer sends, in whatever order and however broken, the server goes on for others and holds nothing for it."""
+    stream = b"".join(pieces)
+    async with serving(tmp_path) as served:
+        bad = await served.peer(hello=None)
+        bad.send(stream[: cut % (len(stream) + 1)] if cut % 3 == 0 else stream)
+        good = await served.peer()
+        good.send(wire.Submit(stream=1, request=request(request_id="good")))
+        assert await good.tokens(1) == [101, 102, 103, 104, 105]
+        bad.writer.transport.abort()
+        await served.engine.until(lambda e: not e.running)
+        assert len(served.server.connections) <= 2
 
 
 async def test_silent_peer(tmp_path, monkeypatch):

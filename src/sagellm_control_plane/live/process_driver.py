@@ -23,6 +23,7 @@ from sagellm_control_plane.live.processes import (
     AdoptedProcess,
     identity,
     is_alive,
+    make_private,
     own_identity,
     port_is_free,
     visible_gpus,
@@ -337,8 +338,8 @@ class ProcessDriver:
     def _spawn(self, engine: _Engine) -> int:
         """Start the process; return the file descriptor on which it reports."""
         environ = self._reserve(engine)
+        make_private(self._options.run_dir)
         try:
-            self._options.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             log_fd = engine.log.open()
         except OSError as exc:
             raise UnavailableError(

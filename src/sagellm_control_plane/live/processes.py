@@ -7,9 +7,12 @@ import contextlib
 import os
 import signal
 import socket
+import stat
 from pathlib import Path
 
-__all__ = ["AdoptedProcess", "identity", "is_alive", "own_identity", "port_is_free", "visible_gpus"]
+from sagellm_protocol.errors import UnavailableError
+
+__all__ = ["AdoptedProcess", "identity", "is_alive", "make_private", "own_identity", "port_is_free", "visible_gpus"]
 
 _POLL_S = 0.2
 
@@ -39,6 +42,23 @@ def is_alive(known_identity: str) -> bool:
     """Whether the process of this identity lives."""
     parts = known_identity.split(":")
     return len(parts) == 3 and identity(int(parts[1])) == known_identity
+
+
+def make_private(directory: Path) -> None:
+    """Make a directory that only this user can look into, or check that it is one.
+
+    Raises:
+        UnavailableError: it cannot be made, or belongs to somebody else, who could then listen in the engines' place.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = directory.stat(follow_symlinks=False)
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and found.st_mode & 0o022:
+            directory.chmod(0o700)
+    except OSError as exc:
+        raise UnavailableError(f"cannot write to {directory}: {exc.strerror}: choose another directory") from None
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
+        raise UnavailableError(f"{directory} is not this user's own directory: remove it or choose another")
 
 
 def port_is_free(port: str) -> bool:

@@ -14,7 +14,7 @@ import pytest
 from sagellm_control_plane.live.engine_log import EngineLog
 from sagellm_control_plane.live.lifecycle import EngineExit, EngineSpec, RestartPolicy
 from sagellm_control_plane.live.process_driver import ProcessDriver, ProcessOptions, ProcessState
-from sagellm_control_plane.live.processes import AdoptedProcess, identity, is_alive, own_identity
+from sagellm_control_plane.live.processes import AdoptedProcess, identity, is_alive, make_private, own_identity
 from sagellm_control_plane.live.store import ProcessRecord, Store
 from sagellm_control_plane.live.wire_client import WireEngineClient
 from sagellm_protocol import EngineRequest, SamplingParams
@@ -466,6 +466,21 @@ async def test_gpus_are_reserved(driver, monkeypatch):
         await driver.start_engine(msgspec.structs.replace(two, engine_id="b"), Listener())
     await driver.stop_engine("a")
     await driver.start_engine(msgspec.structs.replace(two, engine_id="b"), Listener())
+
+
+def test_directory_of_sockets_is_ours_alone(tmp_path):
+    """The directory of sockets is private; a link in its place, as a stranger might leave it, is refused."""
+    make_private(tmp_path / "run")
+    assert (tmp_path / "run").stat().st_mode & 0o077 == 0
+    (tmp_path / "run").chmod(0o777)
+    make_private(tmp_path / "run")
+    assert (tmp_path / "run").stat().st_mode & 0o077 == 0
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with pytest.raises(UnavailableError, match="not this user's own directory"):
+        make_private(tmp_path / "link")
+    (tmp_path / "file").touch()
+    with pytest.raises(UnavailableError, match="File exists"):
+        make_private(tmp_path / "file")
 
 
 def test_identity_of_processes():
