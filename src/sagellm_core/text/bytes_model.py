@@ -1,8 +1,10 @@
-"""The text side of the mock: a vocabulary of 256 bytes and four control tokens, with a ChatML-like template."""
+"""The text side of the mock: a vocabulary of 256 bytes and four control tokens, with a ChatML template.
+
+Like qwen's it knows tools (``<tool_call>``) and reasoning (``<think>``), so that scripted replies can use both.
+"""
 
 from __future__ import annotations
 
-from sagellm_core.text.builtin_templates import CHATML
 from sagellm_core.text.chat_model import TextChatModel
 from sagellm_core.text.specials import SpecialToken
 from sagellm_core.text.tokenizer import TextTokenizer, TokenizerInfo
@@ -11,6 +13,24 @@ __all__ = ["BOS", "EOS", "IM_END", "IM_START", "VOCAB_SIZE", "ByteChatModel"]
 
 BOS, EOS, IM_START, IM_END = range(256, 260)
 VOCAB_SIZE = 260
+
+_TEMPLATE = """\
+{{- bos_token -}}
+{%- if tools -%}
+{{ '<|im_start|>system\n# Tools\n' }}
+{%- for tool in tools -%}{{ tool | tojson + '\n' }}{%- endfor -%}
+{{ 'Answer with <tool_call>{"name": ..., "arguments": {...}}</tool_call> to call one.<|im_end|>\n' }}
+{%- endif -%}
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\n' }}
+{%- if message.reasoning_content is defined -%}{{ '<think>\n' + message.reasoning_content + '\n</think>\n\n' }}{%- endif -%}
+{{ message.content }}
+{%- for call in message.tool_calls or [] -%}
+{{ '\n<tool_call>\n' + {'name': call.function.name, 'arguments': call.function.arguments} | tojson + '\n</tool_call>' }}
+{%- endfor -%}
+{{ '<|im_end|>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
 
 _INFO = TokenizerInfo(
     kind="raw",
@@ -25,7 +45,7 @@ _INFO = TokenizerInfo(
     eos_token_ids=(EOS, IM_END),
     bos_token="<|bos|>",  # noqa: S106 - a token of a vocabulary
     eos_token="<|eos|>",  # noqa: S106
-    chat_template="{{ bos_token }}" + CHATML,
+    chat_template=_TEMPLATE,
     family="bytes",
 )
 

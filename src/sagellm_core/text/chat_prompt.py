@@ -36,7 +36,8 @@ def chat_prompt(
     tools = chosen_tools(request.tools, request.tool_choice)
     forced = bool(tools) and request.tool_choice != "auto"
     marks = reasoning_marks(template.source, tokenizer.marks)
-    thinks = _thinks(request, template, marks, constrained=forced or request.sampling.grammar is not None)
+    constrained = forced or request.sampling.grammar is not None
+    thinks = _thinks(request, template, marks, constrained=constrained)
     messages: Sequence[ChatMessage] = request.messages
     if not template.knows_tools:
         messages = with_tool_prompt(messages, tools)
@@ -57,7 +58,7 @@ def chat_prompt(
     plan = ParserPlan(
         tools=_tool_format(template, tokenizer, tools, forced=forced),
         names=frozenset(tool.name for tool in tools),
-        reasoning=marks if opened or thinks is not False else None,
+        reasoning=None if constrained else marks,
         opened=opened,
         parallel=request.parallel_tool_calls,
     )

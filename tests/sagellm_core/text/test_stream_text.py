@@ -74,10 +74,10 @@ def test_stop_matching_takes_linear_time() -> None:
 
     def seconds(length: int) -> float:
         matcher = StopMatcher(["a" * 2000 + "b"])
-        start = time.perf_counter()
+        start = time.thread_time()
         for _ in range(length):
             matcher.push("a")
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     seconds(1000)
     short, long = min(seconds(4000) for _ in range(3)), min(seconds(16000) for _ in range(3))

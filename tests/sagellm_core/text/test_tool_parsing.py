@@ -198,13 +198,13 @@ def test_parsing_takes_linear_time(form: str, unit: str) -> None:
 
     def seconds(count: int) -> float:
         pieces = list(unit * count)
-        start = time.perf_counter()
+        start = time.thread_time()
         _parse(_FORMATS[form], pieces)
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     size = 6000 // len(unit)
     seconds(size // 4)
-    assert min(seconds(size * 4) for _ in range(2)) < 14 * min(seconds(size) for _ in range(3)) + 0.02
+    assert min(seconds(size * 4) for _ in range(2)) < 16 * min(seconds(size) for _ in range(3)) + 0.03
 
 
 def test_ids_are_unique_and_shaped() -> None:

@@ -68,9 +68,9 @@ def hermes(write_vocabulary: Callable[..., Path], tmp_path: Path) -> TextChatMod
 
 
 @pytest.fixture
-def plain() -> ByteChatModel:
+def plain(write_vocabulary: Callable[..., Path], tmp_path: Path) -> TextChatModel:
     """A model whose template knows no tools."""
-    return ByteChatModel("plain", 4096)
+    return load_chat_model(write_vocabulary(llama__context_length=4096), "plain", cache_dir=tmp_path / "cache")
 
 
 def test_tools_go_into_the_template(hermes: TextChatModel) -> None:
@@ -93,7 +93,7 @@ def test_tools_go_into_the_template(hermes: TextChatModel) -> None:
     )
 
 
-def test_tools_are_described_where_the_template_knows_none(plain: ByteChatModel) -> None:
+def test_tools_are_described_where_the_template_knows_none(plain: TextChatModel) -> None:
     """A template without tools gets them in the system message, earlier calls and results as text."""
     call = ToolCall(id="c", function=FunctionCall(name="clock", arguments='{"zone": "UTC"}'))
     messages = (
@@ -116,7 +116,7 @@ def test_tools_are_described_where_the_template_knows_none(plain: ByteChatModel)
     assert _answer(plain, _request(), '{"name": "Bob"}') == ('{"name": "Bob"}', "", [], "stop")
 
 
-def test_no_tools_without_a_choice_for_them(plain: ByteChatModel) -> None:
+def test_no_tools_without_a_choice_for_them(plain: TextChatModel) -> None:
     """tool_choice none shows no tools and reads no calls."""
     request = _request(tool_choice="none")
     text = plain.detokenize(plain.prepare(request).engine_requests[0].prompt_token_ids)
@@ -149,7 +149,7 @@ def test_references_in_parameters_still_hold() -> None:
     assert moved["y"]["$ref"] == "#/anyOf/1/properties/arguments"
 
 
-def test_one_call_where_one_is_allowed(plain: ByteChatModel) -> None:
+def test_one_call_where_one_is_allowed(plain: TextChatModel) -> None:
     """Without parallel calls the answer ends when a second call begins."""
     call = '<tool_call>{"name": "clock", "arguments": {}}</tool_call>'
     assert _answer(plain, _request(parallel_tool_calls=False), call * 2)[2:] == ([["clock", "{}"]], "tool_calls")
@@ -169,11 +169,30 @@ def test_one_call_where_one_is_allowed(plain: ByteChatModel) -> None:
         ({"messages": None, "prompt": "x"}, "tools"),
     ],
 )
-def test_wrong_combinations_name_the_field(plain: ByteChatModel, changes: dict[str, Any], param: str) -> None:
+def test_wrong_combinations_name_the_field(plain: TextChatModel, changes: dict[str, Any], param: str) -> None:
     """A choice without its tool, two grammars, and reasoning that a model lacks are refused by name."""
     with pytest.raises(InvalidArgumentError) as caught:
         plain.prepare(_request(**changes))
     assert caught.value.param == param
+
+
+def test_the_mock_calls_tools_and_reasons() -> None:
+    """The mock's answers are read like those of a model that was trained on tools and reasoning, and its prompt keeps the roles."""
+    model = ByteChatModel("mock", 4096)
+    call = ToolCall(id="c", function=FunctionCall(name="clock", arguments='{"a": 1}'))
+    messages = (
+        ChatMessage(role="assistant", tool_calls=(call,), reasoning="hm"),
+        ChatMessage(role="tool", content="12:00", tool_call_id="c"),
+    )
+    text = model.detokenize(model.prepare(_request(messages=messages)).engine_requests[0].prompt_token_ids)
+    assert (
+        '<think>\nhm\n</think>\n\n\n<tool_call>\n{"name": "clock", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+        in text
+    )
+    assert text.endswith("<|im_start|>tool\n12:00<|im_end|>\n<|im_start|>assistant\n")
+    answer = '<think>\nso\n</think>\n\nOk <tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+    assert _answer(model, _request(), answer) == ("Ok", "so", [["clock", "{}"]], "tool_calls")
+    assert _answer(model, _request(tools=(), reasoning=False), "<think>\nso\n</think>\n\nOk")[:2] == ("Ok", "so")
 
 
 _SWITCH = (
