@@ -6,6 +6,7 @@ import itertools
 import random
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -21,11 +22,13 @@ from sagellm_control_plane.live.generation import Generation
 from sagellm_control_plane.live.lifecycle import ClientFactory, LifecycleDriver, ModelCatalog, RestartPolicy
 from sagellm_control_plane.live.probes import Prober
 from sagellm_control_plane.live.requests import RequestEntry, RequestTable
+from sagellm_control_plane.live.scaling import Scaling
 from sagellm_control_plane.live.v01 import V01Requests
 from sagellm_control_plane.policies import policy_named
 from sagellm_control_plane.routing import route_named
 from sagellm_control_plane.state import ControlState
 from sagellm_control_plane.types import (
+    AutoscalerConfig,
     EngineInfo,
     EngineState,
     PerformanceMetrics,
@@ -61,6 +64,9 @@ class ControlPlaneManager:
         catalog: which models can be started.
         client_factory: makes clients for engines that are registered by address; the default speaks OpenAI's API over HTTP.
         store: what survives a crash: registered engines, and those that `driver` runs; give the driver the same one.
+        enable_auto_scaling: start and stop engines by demand (needs `driver` and `catalog`); a model that nobody serves is started
+            when it is asked for.
+        autoscaler_config: bounds and habits of that.
         decision_log: a binary file to which events and decisions are written.
         seed: of the decisions that draw.
 
@@ -82,6 +88,8 @@ class ControlPlaneManager:
         driver: LifecycleDriver | None = None,
         catalog: ModelCatalog | None = None,
         client_factory: ClientFactory | None = None,
+        enable_auto_scaling: bool = False,
+        autoscaler_config: AutoscalerConfig | None = None,
         store: Store | None = None,
         decision_log: IO[bytes] | None = None,
         seed: int | None = None,
@@ -106,6 +114,20 @@ class ControlPlaneManager:
             restart=restart_policy or RestartPolicy(enabled=auto_restart, max_attempts=max_restart_attempts),
             store=store,
         )
+        if enable_auto_scaling and (driver is None or catalog is None):
+            raise InvalidArgumentError(
+                "enable_auto_scaling needs a lifecycle driver and a model catalogue to act through",
+                param="enable_auto_scaling",
+            )
+        if autoscaler_config is not None and not enable_auto_scaling:
+            raise InvalidArgumentError(
+                "autoscaler_config has no effect without enable_auto_scaling=True", param="autoscaler_config"
+            )
+        self._scaling = (
+            Scaling(self._dispatcher, self._engines, autoscaler_config or AutoscalerConfig())
+            if enable_auto_scaling
+            else None
+        )
         self._driver = driver
         self._requests = RequestTable()
         self._v01 = V01Requests(self._requests, self._open)
@@ -122,6 +144,8 @@ class ControlPlaneManager:
             self._stopping = False
             await self._engines.recover()
             self._prober.start()
+            if self._scaling is not None:
+                self._scaling.start()
 
     async def stop(self, *, grace_s: float = 0.0) -> None:
         """Refuse new requests, give running ones `grace_s` seconds, then end everything. Idempotent."""
@@ -134,6 +158,8 @@ class ControlPlaneManager:
             if entry.generation is not None:
                 entry.generation.cancel()
         await self._v01.close()
+        if self._scaling is not None:
+            await self._scaling.stop()
         await self._prober.stop()
         await self._engines.close()
         self._started_at = None
@@ -280,6 +306,7 @@ class ControlPlaneManager:
         Raises:
             SageError: before the first event where possible.
         """
+        await self._ensure(request.model)
         entry = self._open(request)
         generation = entry.generation
         assert generation is not None
@@ -304,6 +331,11 @@ class ControlPlaneManager:
         self._requests.begin(request.request_id, entry)
         return entry
 
+    async def _ensure(self, model: str) -> None:
+        """With autoscaling, a model that nobody serves is started when it is asked for."""
+        if self._scaling is not None and not self._stopping:
+            await self._scaling.ensure(model)
+
     def _refuse_when_stopping(self) -> None:
         if self._stopping:
             raise UnavailableError("the control plane is stopping: try another one", retry_after_s=1.0)
@@ -314,14 +346,19 @@ class ControlPlaneManager:
         Raises:
             InvalidArgumentError: the request itself is wrong.
         """
+        await self._ensure(request.model)
         return await self._v01.execute(request)
 
-    def stream_request(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
+    async def stream_request(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
         """Run a v0.1 request and yield its events."""
-        return self._v01.stream(request)
+        await self._ensure(request.model)
+        async with aclosing(self._v01.stream(request)) as events:
+            async for event in events:
+                yield event
 
     async def submit_request(self, request: Request) -> str:
         """Run a v0.1 request in the background and return its id; the result can be asked for by it."""
+        await self._ensure(request.model)
         return self._v01.submit(request)
 
     async def embed(self, request: EmbeddingRequest) -> EmbedResult:
@@ -331,6 +368,7 @@ class ControlPlaneManager:
             ModelNotFoundError: no engine serves the model.
             UnsupportedError: it gives no vectors.
         """
+        await self._ensure(request.model)
         return await self._embed(request.model, self._engines.embedding_model(request.model).prepare_embedding(request))
 
     async def score(self, request: ScoreRequest) -> EmbedResult:
@@ -340,6 +378,7 @@ class ControlPlaneManager:
             ModelNotFoundError: no engine serves the model.
             UnsupportedError: it cannot score.
         """
+        await self._ensure(request.model)
         return await self._embed(request.model, self._engines.embedding_model(request.model).prepare_score(request))
 
     async def _embed(self, model: str, request: EmbedRequest) -> EmbedResult:
@@ -431,6 +470,10 @@ class ControlPlaneManager:
         if engine_id is not None:
             return observe.health(self._dispatcher, self._dispatcher.registry.get(engine_id))
         return {e.info.engine_id: observe.health(self._dispatcher, e) for e in self._dispatcher.registry.all()}
+
+    def get_autoscaler_status(self) -> dict[str, Any]:
+        """Return what the autoscaler wants and did, by model."""
+        return self._scaling.status() if self._scaling is not None else {"enabled": False}
 
     def _uptime(self) -> float:
         return 0.0 if self._started_at is None else time.monotonic() - self._started_at

@@ -6,12 +6,23 @@ The process holds the file and not a pipe, so it can go on writing when the proc
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
-__all__ = ["EngineLog"]
+__all__ = ["EngineLog", "file_name", "log_path"]
 
 _TAIL_BYTES = 256 * 1024
+
+
+def file_name(engine_id: str) -> str:
+    """Return an engine's id as a file name."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", engine_id) or "_"
+
+
+def log_path(directory: Path, engine_id: str) -> Path:
+    """Return where an engine's log lies."""
+    return directory / f"{file_name(engine_id)}.log"
 
 
 class EngineLog:

@@ -106,6 +106,10 @@ class Engines:
             raise ModelNotFoundError(f"model {model_id!r} is not served here: served are {known}", param="model")
         return model
 
+    def startable(self, model_id: str) -> bool:
+        """Whether an engine for the model can be started from here."""
+        return self._driver is not None and self._catalog is not None and model_id in self._catalog.models()
+
     def models(self) -> list[str]:
         """Models that some registered engine serves."""
         return sorted(self._chat_models)

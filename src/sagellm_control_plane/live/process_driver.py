@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import logging
 import os
-import re
 import secrets
 import tempfile
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from sagellm_control_plane.live.child import Child, describe_exit
-from sagellm_control_plane.live.engine_log import EngineLog
+from sagellm_control_plane.live.engine_log import EngineLog, file_name, log_path
 from sagellm_control_plane.live.lifecycle import EngineExit, EngineSpec, LifecycleListener
 from sagellm_control_plane.live.processes import (
     AdoptedProcess,
@@ -485,20 +484,16 @@ class ProcessDriver:
 
     def _socket_path(self, engine_id: str) -> Path:
         digest = hashlib.blake2b(f"{os.getpid()} {engine_id}".encode(), digest_size=6).hexdigest()
-        return self._options.run_dir / f"{_file_name(engine_id)[:24]}-{digest}.sock"
+        return self._options.run_dir / f"{file_name(engine_id)[:24]}-{digest}.sock"
 
     def _log_of(self, engine_id: str) -> EngineLog:
-        return EngineLog(self._options.log_dir / f"{_file_name(engine_id)}.log", self._options.log_bytes)
+        return EngineLog(log_path(self._options.log_dir, engine_id), self._options.log_bytes)
 
     async def _rotate_logs(self) -> None:
         while True:
             await asyncio.sleep(_ROTATE_EVERY_S)
             for engine in self._engines.values():
                 engine.log.rotate()
-
-
-def _file_name(engine_id: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]", "_", engine_id) or "_"
 
 
 def _quoted(words: str) -> str:
