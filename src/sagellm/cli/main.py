@@ -36,10 +36,14 @@ COMMANDS: dict[str, Command] = {
     "list": Command("sagellm.cli.list", "Show the models on this machine", _MODELS),
     "rm": Command("sagellm.cli.rm", "Delete a model from this machine", _MODELS),
     "bench": Command("sagellm.cli.bench", "Measure a server or an engine, compare two runs", _OPERATE),
+    "demo": Command("sagellm.cli.demo", "Measure this machine by a year's workload and judge the numbers", _OPERATE),
     "info": Command("sagellm.cli.info", "Show this installation and machine", _OPERATE),
     "doctor": Command(
         "sagellm.cli.doctor", "Check the installation and the machine, with the cure of what is wrong", _OPERATE
     ),
+    "plan": Command("sagellm.cli.plan", "Show what a model would need in memory against what is free", _OPERATE),
+    "logs": Command("sagellm.cli.logs", "Show what engine processes wrote", _OPERATE),
+    "protocol": Command("sagellm.cli.protocol", "Write the JSON Schema of all types: protocol schema", _OPERATE),
     "config": Command("sagellm.cli.config", "Show settings and where they come from", _OPERATE),
     "migrate": Command("sagellm.migrate.cli", "Rewrite a code base from the old names to the new", _OPERATE, "migrate"),
     "arch": Command("sagellm.migrate.cli", "Check a code base against the architecture's rules", _OPERATE, "arch"),
