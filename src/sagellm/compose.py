@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sagellm_core.config import EngineConfig
     from sagellm_gateway.config import GatewayConfig
     from sagellm_gateway.context import Gateway
-    from sagellm_protocol.ports import ChatModel
+    from sagellm_protocol.ports import ChatModel, EngineClient
 
 __all__ = ["House", "StoreCatalog", "add_local", "build_server", "engine_config", "start_embedded"]
 
@@ -146,6 +146,7 @@ class House:
     ) -> None:
         self.manager = manager
         self.models = list(models)
+        self.engines: list[EngineClient] = []
         self._config = gateway
         self._gateway: Gateway | None = None
 
@@ -216,15 +217,15 @@ async def start_embedded(
     house = House(manager, [config.served_id for config in configs])
     try:
         for config in configs:
-            await add_local(manager, config)
+            house.engines.append(await add_local(manager, config))
     except BaseException:
         await house.close()
         raise
     return house
 
 
-async def add_local(manager: ControlPlaneManager, config: EngineConfig) -> None:
-    """Load an engine into this process and register it.
+async def add_local(manager: ControlPlaneManager, config: EngineConfig) -> EngineClient:
+    """Load an engine into this process, register it, and return it.
 
     Raises:
         SageError: the model is missing, damaged, or does not fit.
@@ -236,6 +237,7 @@ async def add_local(manager: ControlPlaneManager, config: EngineConfig) -> None:
     engine = await asyncio.to_thread(local_client, config)
     description = await engine.describe()
     await manager.add_engine(engine, load_text_side(config, description.context_length))
+    return engine
 
 
 def build_server(

@@ -21,7 +21,7 @@ class EmbeddedTransport:
     def __init__(self, house: compose.House) -> None:
         self.model = house.models[0]
         self.embedding_model = house.models[1] if len(house.models) > 1 else None
-        self._house = house
+        self.house = house
         self._app: AsgiApp = house.app()
 
     @classmethod
@@ -68,7 +68,7 @@ class EmbeddedTransport:
     async def start_model(self, model_id: str, longest_s: float) -> None:
         """Load `model_id` into this process, beside what is loaded already."""
         try:
-            await asyncio.wait_for(compose.add_local(self._house.manager, compose.engine_config(model_id)), longest_s)
+            await asyncio.wait_for(compose.add_local(self.house.manager, compose.engine_config(model_id)), longest_s)
         except asyncio.TimeoutError as error:
             raise DeadlineExceededError(
                 f"{model_id} was not loaded within {longest_s} s: pass a longer time"
@@ -76,7 +76,7 @@ class EmbeddedTransport:
 
     async def close(self) -> None:
         """End the engine."""
-        await self._house.close()
+        await self.house.close()
 
 
 def _full(path: str) -> str:

@@ -75,6 +75,7 @@ async def run_workload(
     *,
     warmup: int = 2,
     options: dict[str, Any] | None = None,
+    prompts: Callable[[Arrival, int], str | list[int]] | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Record]:
     """Send `workload` and return a record for each request; `warmup` requests of the same size go before and are not counted.
@@ -85,9 +86,10 @@ async def run_workload(
         workload: what and when.
         warmup: how many requests warm the server; the first one also measures how many tokens a word is there.
         options: further fields of every request (``temperature`` is 0 unless given here).
+        prompts: makes the prompt of an arrival, text or token ids; None is `prompt_of`, fitted to the vocabulary.
         on_done: told how many requests are done.
     """
-    sender = _Sender(transport, model, workload, options or {}, on_done)
+    sender = _Sender(transport, model, workload, options or {}, prompts, on_done)
     for k in range(warmup):
         await sender.send(-1 - k, workload.arrivals[0])
         if k == 0:
@@ -108,11 +110,13 @@ class _Sender:
         model: str,
         workload: Workload,
         options: dict[str, Any],
+        prompts: Callable[[Arrival, int], str | list[int]] | None,
         on_done: Callable[[int], None] | None,
     ) -> None:
         self.transport = transport
         self.model = model
         self.workload = workload
+        self.prompts = prompts or self._text
         self.options = {"temperature": 0, **options}
         self.on_done = on_done or (lambda _count: None)
         self.records: list[Record] = []
@@ -124,6 +128,9 @@ class _Sender:
         counted, aimed = self.records[-1].prompt_tokens, self.workload.arrivals[0].prompt_tokens
         if counted:
             self.words_per_token = aimed / counted
+
+    def _text(self, arrival: Arrival, index: int) -> str:
+        return prompt_of(arrival, index, self.workload.seed, self.words_per_token)
 
     def start(self) -> None:
         self.records.clear()
@@ -143,7 +150,7 @@ class _Sender:
     async def send(self, index: int, arrival: Arrival) -> None:
         body = {
             "model": self.model,
-            "prompt": prompt_of(arrival, index, self.workload.seed, self.words_per_token),
+            "prompt": self.prompts(arrival, index),
             "max_tokens": arrival.output_tokens,
             "ignore_eos": True,
             "stream": True,
