@@ -118,7 +118,6 @@ class ChatCompletionReply(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChatChoiceReply]
     usage: UsageReply
-    system_fingerprint: str | None
 
 
 class CompletionChoiceReply(msgspec.Struct, kw_only=True):
@@ -139,7 +138,6 @@ class CompletionReply(msgspec.Struct, kw_only=True):
     model: str
     choices: list[CompletionChoiceReply]
     usage: UsageReply
-    system_fingerprint: str | None
 
 
 class ModelReply(msgspec.Struct, kw_only=True):

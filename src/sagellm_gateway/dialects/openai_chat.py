@@ -279,7 +279,7 @@ class ChatFrames:
         self._usage = usage
         self._prefix = (
             f'data: {{"id":{_dumps(head.id)},"object":"chat.completion.chunk","created":{head.created},'
-            f'"model":{_dumps(head.model)},"system_fingerprint":null,'
+            f'"model":{_dumps(head.model)},'
         )
         self._suffix = ',"usage":null}\n\n' if usage else "}\n\n"
         self._n = n
@@ -406,7 +406,6 @@ class ChatResult:
                 for i, choice in enumerate(self.choices)
             ],
             "usage": usage_json(self.usage),
-            "system_fingerprint": None,
         }
 
     def message(self, index: int) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class CompletionFrames:
     def __init__(self, head: Head, choices: int, *, usage: bool, logprobs: bool) -> None:
         self._prefix = (
             f'data: {{"id":{encode_json(head.id).decode()},"object":"text_completion","created":{head.created},'
-            f'"model":{encode_json(head.model).decode()},"system_fingerprint":null,'
+            f'"model":{encode_json(head.model).decode()},'
         )
         self._suffix = ',"usage":null}\n\n' if usage else "}\n\n"
         self._usage = usage
@@ -240,5 +240,4 @@ class CompletionResult:
                 for i, (texts, entries, finish) in enumerate(zip(self.texts, self.entries, self.finish, strict=True))
             ],
             "usage": usage_json(self.usage),
-            "system_fingerprint": None,
         }
