@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -20,6 +21,8 @@ from sagellm_protocol.generation import ChatMessage, FunctionSpec
 __all__ = ["ChatTemplate"]
 
 _MAX_REPEAT = 100_000
+_CONTENT_NONE = re.compile(r"content['\"\]]* is (not )?none")
+_SWITCH = re.compile(r"\b(enable_)?thinking\b")
 
 
 class ChatTemplate:
@@ -37,6 +40,7 @@ class ChatTemplate:
             ModelFileError: `source` is no valid template.
         """
         self.source, self._specials, self._names = source, specials, names
+        self._tests_none = _CONTENT_NONE.search(source) is not None
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
@@ -50,7 +54,7 @@ class ChatTemplate:
     @property
     def has_thinking_switch(self) -> bool:
         """Whether the template can be told to think or not."""
-        return "enable_thinking" in self.source or "thinking" in self.source
+        return _SWITCH.search(self.source) is not None
 
     def render(
         self,
@@ -94,7 +98,9 @@ class ChatTemplate:
         role: str = message.role
         if role == "developer" and "developer" not in self.source:
             role = "system"
-        out: dict[str, Any] = {"role": role, "content": message.content or ""}
+        # A turn without content is null to templates that ask for it, else text that can be added to.
+        content = message.content if self._tests_none else message.content or ""
+        out: dict[str, Any] = {"role": role, "content": content}
         if message.name is not None:
             out["name"] = message.name
         if message.tool_calls:

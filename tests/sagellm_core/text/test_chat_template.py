@@ -96,6 +96,13 @@ def test_developer_is_system_where_unknown() -> None:
     assert _render("{# developer #}{{ messages[0].role }}", message) == ["developer"]
 
 
+def test_a_turn_without_content_is_what_the_template_expects() -> None:
+    """Templates that test for none get none, others text that can be added to."""
+    message = ChatMessage(role="assistant", reasoning="r")
+    assert _render("{{ messages[0].content is none }}", message) == ["True"]
+    assert _render("{{ messages[0]['content'] + 'x' }}", message) == ["x"]
+
+
 def test_reasoning_switch_reaches_the_template() -> None:
     """None leaves the template's default, true and false set the switch."""
     source = "{{ enable_thinking if enable_thinking is defined else 'default' }}"

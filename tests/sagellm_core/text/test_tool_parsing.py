@@ -29,6 +29,7 @@ _FORMATS: dict[str, Callable[[], OutputParser]] = {
     "bare": lambda: BareJson(CallLog(), _NAMES, ("<|python_tag|>", "```json", "```")),
     "generic": _generic,
     "listed": lambda: ListedJson(CallLog(), "[TOOL_CALLS]"),
+    "ended": lambda: ListedJson(CallLog(), "<|tool_call|>", "<|/tool_call|>"),
     "blocks": lambda: FunctionBlocks(CallLog(), "<start_function_call>", "<end_function_call>", "<escape>"),
     "thinking": lambda: ReasoningParser("<think>", "</think>", TaggedJson(CallLog()), opened=False),
     "opened": lambda: ReasoningParser("<think>", "</think>", PlainText(), opened=True),
@@ -100,6 +101,7 @@ _CALL = '{"name": "get", "arguments": ' + _ARGS + "}"
         ("listed", "[TOOL_CALLS] nothing", "[TOOL_CALLS] nothing", []),
         ("listed", "[TOOL_CALLS] [{1}]", "[TOOL_CALLS][{1}]", []),
         ("listed", "[TOOL", "[TOOL", []),
+        ("ended", f"<|tool_call|>{_CALL}<|/tool_call|><|tool_call|>[{_CALL}]<|/tool_call|> ok", "ok", [("get", _ARGS)] * 2),
         (
             "blocks",
             "Ok <start_function_call>call:get{city:<escape>Zürich, {x}<escape>,n:3,deep:{list:[1,<escape>b<escape>],ok:true}}<end_function_call>",
@@ -142,7 +144,7 @@ def test_reasoning_is_split_off(form: str, source: str, reasoning: str, text: st
 
 _TOKENS = [
     "<tool_call>", "</tool_call>", "<think>", "</think>", "[TOOL_CALLS]", "[ARGS]", "<start_function_call>", "<end_function_call>",
-    "<escape>", "<|python_tag|>", "```json", "```", "call:get{a:1}", '{"name": "get"', '"arguments": ', '{"a": "b\\""}', "}", "{", "[", "]",
+    "<escape>", "<|python_tag|>", "<|tool_call|>", "<|/tool_call|>", "```json", "```", "call:get{a:1}", '{"name": "get"', '"arguments": ', '{"a": "b\\""}', "}", "{", "[", "]",
     ", ", ";", "\n", " ", '"', "\\", "get", "text", "null", ":", "é", "<", "[T",
 ]  # fmt: skip
 
@@ -202,7 +204,7 @@ def test_parsing_takes_linear_time(form: str, unit: str) -> None:
         _parse(_FORMATS[form], pieces)
         return time.thread_time() - start
 
-    size = 6000 // len(unit)
+    size = 3000 // len(unit)
     seconds(size // 4)
     assert min(seconds(size * 4) for _ in range(2)) < 16 * min(seconds(size) for _ in range(3)) + 0.03
 

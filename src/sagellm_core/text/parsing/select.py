@@ -24,7 +24,7 @@ _SHOWN: dict[ToolFormat, tuple[str, ...]] = {
     "generic": ("<tool_call>", "</tool_call>"),
     "llama3": ("<|python_tag|>",),
     "mistral": ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
-    "granite": ("<|tool_call|>", "<tool_call>"),
+    "granite": ("<|tool_call|>", "<|/tool_call|>"),
     "function-gemma": _BLOCKS["function-gemma"],
     "gemma4": _BLOCKS["gemma4"],
 }
@@ -43,6 +43,7 @@ _REASONING = (
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought", "<channel|>"),
     ("Here is my thought process:", "Here is my response:"),
 )
 
@@ -106,7 +107,7 @@ class ParserPlan:
             "hermes": lambda: TaggedJson(calls),
             "llama3": lambda: BareJson(calls, self.names, ("<|python_tag|>", *_FENCES)),
             "mistral": lambda: ListedJson(calls, "[TOOL_CALLS]"),
-            "granite": lambda: ListedJson(calls, "<|tool_call|>"),
+            "granite": lambda: ListedJson(calls, "<|tool_call|>", "<|/tool_call|>"),
             "generic": lambda: BareJson(calls, self.names, _FENCES, TaggedJson(calls)),
         }
         return make[self.tools]()

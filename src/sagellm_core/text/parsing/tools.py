@@ -161,9 +161,17 @@ class BareJson:
 class ListedJson:
     """A mark, then a list of call objects, or a name and its arguments (mistral, granite, phi 4)."""
 
-    def __init__(self, calls: CallLog, start: str, arguments_mark: str = "[ARGS]") -> None:
+    def __init__(self, calls: CallLog, start: str, end: str = "", arguments_mark: str = "[ARGS]") -> None:
+        """Begin.
+
+        Args:
+            calls: numbers the calls.
+            start: the mark.
+            end: a mark that may stand behind a call, or "".
+            arguments_mark: stands between a name and its arguments.
+        """
         self._calls, self._start_tag, self._arguments_mark = calls, start, arguments_mark
-        self._start = Marker(start)
+        self._start = Marker(start, *([end] if end else []))
         self._text = TextOut()
         self._state: Callable[[str, Output], str] = self._outside
         self._scanner: CallScanner | None = None
@@ -187,7 +195,7 @@ class ListedJson:
     def _outside(self, text: str, out: Output) -> str:
         before, found, rest = self._start.push(text)
         self._text.write(before, out)
-        if found is not None:
+        if found == self._start_tag:
             self._state, self._head = self._inside, ""
         return rest
 
