@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sagellm_backend.base import LoadOptions, RowSampling
-from sagellm_backend.conformance import SequenceRun, run_batch
+from sagellm_backend.base import LoadOptions, RowSampling, StepBatch
+from sagellm_backend.conformance import SequenceRun
 from sagellm_backend.conformance_specs import SPECS, random_ids, random_weights
 from sagellm_backend.cpu import CpuBackend
 from sagellm_backend.cpu.backend import ISA_VARIABLE
@@ -52,12 +52,17 @@ def test_greedy_without_logits_takes_the_arg_max() -> None:
     """The fast path that keeps no logits draws the token of the path that does."""
     runner = CpuBackend().load(SPEC, random_weights(SPEC), OPTIONS)
     for n in (1, 7, 16):
-        parts = [(SequenceRun(runner, [i]), random_ids(SPEC, 3, seed=i)) for i in range(n)]
-        greedy = RowSampling(SamplingParams(temperature=0.0))
-        kept = run_batch(parts, [greedy] * n)
-        again = [(SequenceRun(runner, [i]), ids) for i, (_, ids) in enumerate(parts)]
-        fast = run_batch(again, [greedy] * n)
+        batch = StepBatch(
+            token_ids=np.array(random_ids(SPEC, n, seed=n), np.int32),
+            starts=np.zeros(n, np.int32),
+            lengths=np.ones(n, np.int32),
+            block_tables=np.arange(n, dtype=np.int32)[:, None],
+            logit_rows=np.arange(n, dtype=np.int32),
+            sampling=[RowSampling(SamplingParams(temperature=0.0))] * n,
+        )
+        kept, fast = runner.step(replace(batch, want_logits=True)), runner.step(batch)
         assert kept.logits is not None
+        assert fast.logits is None
         np.testing.assert_array_equal(fast.token_ids, kept.logits.argmax(axis=1))
     runner.close()
 

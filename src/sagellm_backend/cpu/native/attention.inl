@@ -28,34 +28,60 @@ struct LaneRange {
   int low[kLanes], high[kLanes];  // positions that a lane sees
 };
 
-template <class Kv, int NL>
-inline void scores(const AttentionTile& t, const uint8_t* q, size_t ld_q, const LaneRange& range, int begin, int end, float* s,
-                   float* top) {
-  constexpr size_t kVector = 16 * Kv::kStep * Kv::kElement;
-  const int steps = (t.head_dim + Kv::kStep - 1) / Kv::kStep;
-  vf best[NL];
-  for (int r = 0; r < NL; r++) best[r] = set1(kMasked);
-  for (int base = begin; base < end; base += kBlock) {
-    const int block = t.blocks[base / kBlock];
-    const uint8_t* k = t.k + static_cast<size_t>(block < 0 ? 0 : block) * t.block_stride;
-    vf acc[NL];
+// Blocks outside every window may be missing; their scores are masked, so any block serves.
+inline const uint8_t* block_of(const AttentionTile& t, const uint8_t* base, int index) {
+  const int block = t.blocks[index];
+  return base + static_cast<size_t>(block < 0 ? 0 : block) * t.block_stride;
+}
+
+// Scores of NB blocks from position `base` on. Queries are interleaved: step i of lane r at (i · NL + r).
+template <class Kv, int NL, int NB>
+inline __attribute__((always_inline)) void scores_of(const AttentionTile& t, const uint8_t* q, const LaneRange& range, int base,
+                                                     int last_block, float* s, vf (&best)[NL]) {
+  constexpr size_t kVector = 16 * Kv::kStep * Kv::kElement, kPair = Kv::kStep * Kv::kElement;
+  const int steps = (t.head_dim + Kv::kStep - 1) / Kv::kStep, first = base / kBlock;
+  const uint8_t *k[NB], *ahead[NB];
+  vf acc[NB][NL];
+#pragma GCC unroll 2
+  for (int n = 0; n < NB; n++) {
+    k[n] = block_of(t, t.k, first + n);
+    ahead[n] = block_of(t, t.k, first + n + NB <= last_block ? first + n + NB : first + n);
 #pragma GCC unroll 8
-    for (int r = 0; r < NL; r++) acc[r] = zero();
-    for (int i = 0; i < steps; i++) {
+    for (int r = 0; r < NL; r++) acc[n][r] = zero();
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < steps; i++, q += NL * kPair) {
+#pragma GCC unroll 2
+    for (int n = 0; n < NB; n++) __builtin_prefetch(ahead[n] + i * kVector);
 #pragma GCC unroll 8
-      for (int r = 0; r < NL; r++)
-        acc[r] = Kv::dot(acc[r], k + i * kVector, q + r * ld_q + i * Kv::kStep * Kv::kElement);
-    }
+    for (int r = 0; r < NL; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NB; n++) acc[n][r] = Kv::dot(acc[n][r], k[n] + i * kVector, q + r * kPair);
+  }
+#pragma GCC unroll 2
+  for (int n = 0; n < NB; n++) {
+    const int at = base + n * kBlock;
+    const bool missing = t.blocks[first + n] < 0;
 #pragma GCC unroll 8
     for (int r = 0; r < NL; r++) {
-      vf v = acc[r];
+      vf v = acc[n][r];
       if (t.softcap > 0.0f) v = mul(set1(t.softcap), tanh(div(v, set1(t.softcap))));
-      if (base < range.low[r] || base + kBlock - 1 > range.high[r] || block < 0)
-        v = keep_range(v, base, block < 0 ? base + kBlock : range.low[r], range.high[r], set1(kMasked));
+      if (at < range.low[r] || at + kBlock - 1 > range.high[r] || missing)
+        v = keep_range(v, at, missing ? at + kBlock : range.low[r], range.high[r], set1(kMasked));
       best[r] = max(best[r], v);
-      store(s + r * kChunk + base - begin, v);
+      store(s + r * kChunk + n * kBlock, v);
     }
   }
+}
+
+template <class Kv, int NL>
+inline void scores(const AttentionTile& t, const uint8_t* q, const LaneRange& range, int begin, int end, float* s, float* top) {
+  vf best[NL];
+  for (int r = 0; r < NL; r++) best[r] = set1(kMasked);
+  const int last_block = (end - 1) / kBlock;
+  int base = begin;
+  for (; base + 2 * kBlock <= end; base += 2 * kBlock) scores_of<Kv, NL, 2>(t, q, range, base, last_block, s + base - begin, best);
+  if (base < end) scores_of<Kv, NL, 1>(t, q, range, base, last_block, s + base - begin, best);
   for (int r = 0; r < NL; r++) top[r] = hmax(best[r]);
 }
 
@@ -73,23 +99,27 @@ inline float weights(float* s, int n, float top) {
 }
 
 template <class Kv, int NL, int ND>
-inline void values_of(const AttentionTile& t, const uint8_t* p, size_t ld_p, int dim0, int dim, int begin, int end, float* out) {
-  constexpr size_t kVector = 16 * Kv::kStep * Kv::kElement;
+inline void values_of(const AttentionTile& t, const uint8_t* p, int dim0, int dim, int begin, int end, float* out) {
+  constexpr size_t kPair = Kv::kStep * Kv::kElement, kVector = 16 * kPair, kLine = kChunk * Kv::kElement;
   vf acc[NL][ND];
 #pragma GCC unroll 8
   for (int r = 0; r < NL; r++)
+#pragma GCC unroll 4
     for (int j = 0; j < ND; j++) acc[r][j] = zero();
-  for (int base = begin; base < end; base += kBlock) {
-    const int block = t.blocks[base / kBlock];
-    const uint8_t* v = t.v + static_cast<size_t>(block < 0 ? 0 : block) * t.block_stride + dim0 * Kv::kStep * Kv::kElement;
-    const uint8_t* w = p + (base - begin) * Kv::kElement;
-    for (int i = 0; i < kBlock / Kv::kStep; i++) {
+  const int last_block = (end - 1) / kBlock;
+  const size_t row = dim * kPair;
+  for (int b = begin / kBlock; b <= last_block; b++) {
+    const uint8_t* v = block_of(t, t.v, b) + dim0 * kPair;
+    const uint8_t* ahead = block_of(t, t.v, b < last_block ? b + 1 : b) + dim0 * kPair;
+    const uint8_t* w = p + (b * kBlock - begin) * Kv::kElement;
+#pragma GCC unroll 2
+    for (int i = 0; i < kBlock / Kv::kStep; i++, v += row, ahead += row) {
+#pragma GCC unroll 4
+      for (int j = 0; j < ND; j++) __builtin_prefetch(ahead + j * kVector);
 #pragma GCC unroll 8
       for (int r = 0; r < NL; r++)
 #pragma GCC unroll 4
-        for (int j = 0; j < ND; j++)
-          acc[r][j] = Kv::dot(acc[r][j], v + i * dim * Kv::kStep * Kv::kElement + j * kVector,
-                              w + r * ld_p + i * Kv::kStep * Kv::kElement);
+        for (int j = 0; j < ND; j++) acc[r][j] = Kv::dot(acc[r][j], v + j * kVector, w + r * kLine + i * kPair);
     }
   }
 #pragma GCC unroll 8
@@ -98,11 +128,11 @@ inline void values_of(const AttentionTile& t, const uint8_t* p, size_t ld_p, int
 }
 
 template <class Kv, int NL>
-inline void values(const AttentionTile& t, const uint8_t* p, size_t ld_p, int dim, int begin, int end, float* out) {
+inline void values(const AttentionTile& t, const uint8_t* p, int dim, int begin, int end, float* out) {
   constexpr int kWide = NL <= 4 ? 4 : 2;
   int d = 0;
-  for (; d + kWide * 16 <= dim; d += kWide * 16) values_of<Kv, NL, kWide>(t, p, ld_p, d, dim, begin, end, out);
-  for (; d < dim; d += 16) values_of<Kv, NL, 1>(t, p, ld_p, d, dim, begin, end, out);
+  for (; d + kWide * 16 <= dim; d += kWide * 16) values_of<Kv, NL, kWide>(t, p, d, dim, begin, end, out);
+  for (; d < dim; d += 16) values_of<Kv, NL, 1>(t, p, d, dim, begin, end, out);
 }
 
 template <class Kv, int NL>
@@ -113,13 +143,14 @@ void attend(const AttentionTile& t) {
   uint8_t* q = (uint8_t*)(s + 2 * kLanes * kChunk);                 // [lanes][dim], converted
   float* part = s + 2 * kLanes * kChunk + kLanes * dim;             // [lanes][dim]
   float* total = part + kLanes * dim;                               // [lanes][dim]
-  const size_t ld_q = dim * Kv::kElement, ld_p = kChunk * Kv::kElement;
+  constexpr size_t kPair = Kv::kStep * Kv::kElement, kLine = kChunk * Kv::kElement;
   LaneRange range;
   float top[NL], sum[NL];
   int first = t.position[0], last = t.position[0];
   for (int r = 0; r < NL; r++) {
     for (int i = 0; i < dim; i++) part[i] = i < t.head_dim ? t.q[r][i] * t.scale : 0.0f;
-    Kv::convert(part, q + r * ld_q, dim);
+    Kv::convert(part, (uint8_t*)total, dim);
+    for (int i = 0; i < dim / Kv::kStep; i++) std::memcpy(q + (i * NL + r) * kPair, (uint8_t*)total + i * kPair, kPair);
     range.high[r] = t.position[r];
     range.low[r] = t.window > 0 && t.position[r] >= t.window ? t.position[r] - t.window + 1 : 0;
     first = range.low[r] < first ? range.low[r] : first;
@@ -131,11 +162,11 @@ void attend(const AttentionTile& t) {
   for (int begin = first / kChunk * kChunk; begin <= last; begin += kChunk) {
     const int end = begin + kChunk <= last ? begin + kChunk : round_up(last + 1, kBlock);
     float chunk_top[NL];
-    scores<Kv, NL>(t, q, ld_q, range, begin, end, s, chunk_top);
+    scores<Kv, NL>(t, q, range, begin, end, s, chunk_top);
     float keep[NL], take[NL];
     for (int r = 0; r < NL; r++) {
       const float chunk_sum = weights(s + r * kChunk, end - begin, chunk_top[r]);
-      Kv::convert(s + r * kChunk, p + r * ld_p, end - begin);
+      Kv::convert(s + r * kChunk, p + r * kLine, end - begin);
       const float merged = chunk_top[r] > top[r] ? chunk_top[r] : top[r];
       alignas(64) float e[16] = {top[r] - merged, chunk_top[r] - merged};
       store(e, exp(load(e)));
@@ -144,7 +175,7 @@ void attend(const AttentionTile& t) {
       sum[r] = sum[r] * keep[r] + chunk_sum * take[r];
       top[r] = merged;
     }
-    values<Kv, NL>(t, p, ld_p, dim, begin, end, part);
+    values<Kv, NL>(t, p, dim, begin, end, part);
     for (int r = 0; r < NL; r++)
       for (int i = r * dim; i < (r + 1) * dim; i += 16)
         store(total + i, fma(load(part + i), set1(take[r]), mul(load(total + i), set1(keep[r]))));

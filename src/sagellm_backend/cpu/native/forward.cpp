@@ -9,7 +9,6 @@
 namespace sage {
 namespace {
 
-constexpr int kFewRows = 4;                 // up to here weights are streamed: equal, contiguous shares
 constexpr size_t kRowBlockBytes = 256 << 10;  // of activations that stay in a core's cache
 
 int row_block(int k) { return std::max(24, static_cast<int>(kRowBlockBytes) / std::max(k, 1) / 24 * 24); }
@@ -23,6 +22,9 @@ Forward::Forward(Model& model, const StepInput& in, const StepOutput& out)
     first_row_.push_back(static_cast<int>(rows_.size()));
     for (int i = 0; i < in.lengths[s]; i++) rows_.push_back({s, in.starts[s] + i});
   }
+  // A decode step needs no barrier between a head's new token and its attention: one task does both.
+  fused_ = std::all_of(in.lengths, in.lengths + in.sequences, [](int n) { return n == 1; }) && group_ <= kLanes && !c_.qk_norm_full;
+  few_ = in.rows <= kFewRows && !c_.post_norm && !c_.o_bias;
   plan_attention();
 }
 
@@ -71,6 +73,7 @@ void Forward::work(int thread) {
   ThreadPool& pool = m_.pool_;
   size_t loop = 0;
   embed(thread);
+  if (few_) pool.barrier();
   for (int i = 0; i < c_.n_layers; i++, loop += 5) layer(i, thread, loop);
   if (in_.n_logits == 0) return;
   if (c_.post_norm) pool.barrier();  // the last branch was added by rows
@@ -114,15 +117,19 @@ void Forward::embed(int thread) {
   }
 }
 
-// x -> activations of the next projections, normed if there is a weight.
+const Activations& Forward::normed(int thread) const { return few_ ? s_.threads[thread].normed.view() : s_.normed.view(); }
+
+// x -> activations of the next projections, normed if there is a weight. Few rows every thread does for itself, which costs
+// less than the barrier behind a shared result.
 void Forward::norm_rows(int thread, const float* weight) {
-  const auto [begin, end] = rows_of(in_.rows, thread, m_.pool_.size());
+  const auto [begin, end] = few_ ? std::pair{0, in_.rows} : rows_of(in_.rows, thread, m_.pool_.size());
   float* row = s_.threads[thread].row.as<float>();
   for (int r = begin; r < end; r++) {
     const float* x = s_.x.as<float>() + r * s_.ld_x;
     if (weight) kernel_.rms_norm(x, weight, c_.d_model, c_.norm_eps, row);
-    kernel_.prepare(weight ? row : x, 0, c_.d_model, s_.normed.view(), r);
+    kernel_.prepare(weight ? row : x, 0, c_.d_model, normed(thread), r);
   }
+  if (!few_) m_.pool_.barrier();
 }
 
 // x += factor · norm(branch + bias)
@@ -160,22 +167,27 @@ void Forward::rotate_heads(float* heads, int n_heads, const float* norm, int ind
   }
 }
 
-// Bias, norm and rotation of q and k; k and v go into the cache.
-void Forward::rotate_row(const Layer& y, int index, int row, int thread) {
+static void add_bias(float* x, const float* bias, int n) {
+  for (int i = 0; i < n; i++) x[i] += bias[i];
+}
+
+// Bias, norm and rotation of q and k of some KV heads and their query heads; k and v go into the cache.
+void Forward::rotate(const Layer& y, int index, int row, int kv_head, int kv_heads, int thread) {
+  const int dh = c_.head_dim, q_head = kv_head * group_, q_heads = kv_heads * group_;
   float* qkv = s_.qkv.as<float>() + row * s_.ld_qkv;
-  float *q = qkv + s_.q_at, *k = qkv + s_.k_at, *v = qkv + s_.v_at;
+  float *q = qkv + s_.q_at + q_head * dh, *k = qkv + s_.k_at + kv_head * dh, *v = qkv + s_.v_at + kv_head * dh;
   if (c_.qkv_bias) {
-    for (int i = 0; i < c_.q_size(); i++) q[i] += y.q_bias[i];
-    for (int i = 0; i < c_.kv_size(); i++) k[i] += y.k_bias[i];
-    for (int i = 0; i < c_.kv_size(); i++) v[i] += y.v_bias[i];
+    add_bias(q, y.q_bias + q_head * dh, q_heads * dh);
+    add_bias(k, y.k_bias + kv_head * dh, kv_heads * dh);
+    add_bias(v, y.v_bias + kv_head * dh, kv_heads * dh);
   }
-  rotate_heads(q, c_.n_heads, y.q_norm, index, row, thread);
-  rotate_heads(k, c_.n_kv_heads, y.k_norm, index, row, thread);
+  rotate_heads(q, q_heads, y.q_norm, index, row, thread);
+  rotate_heads(k, kv_heads, y.k_norm, index, row, thread);
   const auto [sequence, position] = rows_[row];
   const int block = in_.tables[static_cast<size_t>(sequence) * in_.table_width + position / kBlock];
-  for (int h = 0; h < c_.n_kv_heads; h++)
-    kernel_.write_kv(m_.kv_.format, k + h * c_.head_dim, v + h * c_.head_dim, c_.head_dim, position % kBlock,
-                     m_.kv_.k(block, index, h), m_.kv_.v(block, index, h));
+  for (int h = 0; h < kv_heads; h++)
+    kernel_.write_kv(m_.kv_.format, k + h * dh, v + h * dh, dh, position % kBlock, m_.kv_.k(block, index, kv_head + h),
+                     m_.kv_.v(block, index, kv_head + h));
 }
 
 void Forward::attend(int index, const Tile& tile, int thread) {
@@ -211,8 +223,8 @@ void Forward::attend(int index, const Tile& tile, int thread) {
 void Forward::gate_up(const Layer& y, int unit, int row0, int rows, int thread) {
   float* gate = s_.threads[thread].gate.as<float>();
   float* up = s_.threads[thread].up.as<float>();
-  kernel_.gemm(y.gate, unit, s_.normed.view(), row0, rows, gate, kPanel, false, 1.0f);
-  kernel_.gemm(y.up, unit, s_.normed.view(), row0, rows, up, kPanel, false, 1.0f);
+  kernel_.gemm(y.gate, unit, normed(thread), row0, rows, gate, kPanel, false, 1.0f);
+  kernel_.gemm(y.up, unit, normed(thread), row0, rows, up, kPanel, false, 1.0f);
   kernel_.activate(c_.activation, gate, up, rows * kPanel);
   const int begin = unit * kPanel, end = std::min(c_.d_ff, begin + kPanel);
   for (int r = 0; r < rows; r++) kernel_.prepare(gate + r * kPanel - begin, begin, end, s_.hidden.view(), row0 + r);
@@ -230,23 +242,26 @@ void Forward::layer(int index, int thread, size_t loop) {
   ThreadPool& pool = m_.pool_;
   const Layer& y = m_.layers_[index];
   norm_rows(thread, y.attn_norm);
-  pool.barrier();
 
   const int nq = y.q.panels(), nk = y.k.panels(), nv = y.v.panels();
   share_panels(nq + nk + nv, c_.d_model, thread, loop, [&](int p, int row0, int rows) {
     const Packed& w = p < nq ? y.q : p < nq + nk ? y.k : y.v;
     const int panel = p < nq ? p : p < nq + nk ? p - nq : p - nq - nk;
     const int at = p < nq ? s_.q_at : p < nq + nk ? s_.k_at : s_.v_at;
-    kernel_.gemm(w, panel, s_.normed.view(), row0, rows, s_.qkv.as<float>() + row0 * s_.ld_qkv + at + panel * kPanel, s_.ld_qkv,
+    kernel_.gemm(w, panel, normed(thread), row0, rows, s_.qkv.as<float>() + row0 * s_.ld_qkv + at + panel * kPanel, s_.ld_qkv,
                  false, 1.0f);
   });
   pool.barrier();
 
   const auto [begin, end] = rows_of(in_.rows, thread, pool.size());
-  for (int r = begin; r < end; r++) rotate_row(y, index, r, thread);
-  pool.barrier();
-
-  share(static_cast<int>(tiles_.size()), loop + 1, [&](int i) { attend(index, tiles_[i], thread); });
+  if (!fused_) {
+    for (int r = begin; r < end; r++) rotate(y, index, r, 0, c_.n_kv_heads, thread);
+    pool.barrier();
+  }
+  share(static_cast<int>(tiles_.size()), loop + 1, [&](int i) {
+    if (fused_) rotate(y, index, tiles_[i].sequence, tiles_[i].kv_head, 1, thread);
+    attend(index, tiles_[i], thread);
+  });
   pool.barrier();
   if (c_.head_dim % kGroup != 0) {  // groups of 32 span heads
     for (int r = begin; r < end; r++) kernel_.prepare(s_.attn.as<float>() + r * s_.ld_attn, 0, c_.q_size(), s_.attended.view(), r);
@@ -258,7 +273,6 @@ void Forward::layer(int index, int thread, size_t loop) {
   pool.barrier();
   if (!straight_o) branch_norm(thread, y.post_attn_norm, y.o_bias);
   norm_rows(thread, y.ffn_norm);
-  pool.barrier();
 
   share_panels(y.gate.panels(), c_.d_model, thread, loop + 3,
                [&](int unit, int row0, int rows) { gate_up(y, unit, row0, rows, thread); });

@@ -25,7 +25,8 @@ class Forward {
   void layer(int index, int thread, size_t loop);
   void norm_rows(int thread, const float* weight);
   void branch_norm(int thread, const float* weight, const float* bias);
-  void rotate_row(const Layer& y, int index, int row, int thread);
+  const Activations& normed(int thread) const;
+  void rotate(const Layer& y, int index, int row, int kv_head, int kv_heads, int thread);
   void rotate_heads(float* heads, int n_heads, const float* norm, int index, int row, int thread);
   void attend(int index, const Tile& tile, int thread);
   void gate_up(const Layer& y, int unit, int row0, int rows, int thread);
@@ -50,6 +51,8 @@ class Forward {
   const StepInput& in_;
   const StepOutput& out_;
   int group_;  // query heads a KV head
+  bool fused_;  // rotation and attention in one task
+  bool few_;    // every thread norms all rows
   std::vector<Row> rows_;
   std::vector<int> first_row_;  // of each sequence
   std::vector<Tile> tiles_;

@@ -49,7 +49,7 @@ struct Q8Step {
   static inline vi start(const GroupMeta& m) { return kMin ? zeroi() : set1i(m.zero8); }
 };
 
-constexpr size_t kPrefetch = 2048;  // bytes ahead of the weights' stream
+constexpr size_t kPrefetch = 4096;  // bytes ahead of the weights' stream
 
 template <size_t kBytes>
 inline __attribute__((always_inline)) void prefetch(const uint8_t* w) {

@@ -152,6 +152,7 @@ void Model::take_scratch(const Limits& limits) {
   const size_t dim = static_cast<size_t>(round_up(c.head_dim, 16));
   s.threads.resize(pool_.size());
   for (auto& t : s.threads) {
+    t.normed = ActivationBuffer(kFewRows, c.d_model, block_in);
     t.row = Memory(static_cast<size_t>(round_up(std::max({c.d_model, c.q_size(), c.d_ff}), 64)) * 4);
     t.gate = Memory(rows * kPanel * 4);
     t.up = Memory(rows * kPanel * 4);

@@ -72,6 +72,9 @@ struct Limits {
   KvFormat kv_format = KvFormat::BF16;
 };
 
+// Up to here weights are streamed: threads take equal, contiguous shares of them, and norm the rows each for itself.
+constexpr int kFewRows = 4;
+
 // What one step reads and writes. Arrays are borrowed.
 struct StepInput {
   const int32_t* tokens;
@@ -101,6 +104,7 @@ struct Scratch {
   Memory x, branch, qkv, attn, rope, logits;
   ActivationBuffer normed, attended, hidden, head;
   struct Thread {
+    ActivationBuffer normed;  // each thread's own copy for the few rows of a step without prefill
     Memory row, gate, up, attention, lanes, logits;
     std::unique_ptr<Sampler> sampler;
     std::vector<float> best;
