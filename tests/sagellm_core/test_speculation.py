@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from sagellm_core.request import SequenceState
 from sagellm_core.scheduler import Work
-from sagellm_core.speculation import NgramSpeculator
+from sagellm_core.speculation import NgramSpeculator, best_length
 from sagellm_protocol.engine import EngineRequest
 from sagellm_protocol.sampling import SamplingParams
 
@@ -61,24 +61,50 @@ def plain(tokens, n):
     return []
 
 
-def test_guesses_grow_while_they_hold_and_pause_while_they_do_not():
-    """The length adapts to what was accepted; after misses there are steps without a guess."""
+def test_guesses_grow_while_they_hold_and_stop_while_they_do_not():
+    """The length adapts to what was accepted; when nothing holds, only a probe now and then is left."""
     speculator = NgramSpeculator(8, 3, 1)
     seq = sequence([1, 2, 1, 2])
     wants = []
-    for _ in range(4):
+    for _ in range(12):
         speculator.plan([seq])
         wants.append(seq.want_draft)
         speculator.observe(guess(speculator, seq, seq.want_draft), seq.want_draft)
-    assert wants == [4, 6, 8, 8]
-    tried = 0
-    for _ in range(60):
+    assert wants == sorted(wants)
+    assert (1 < wants[0] < 8, wants[-1]) == (True, 8)
+    tried = []
+    for _ in range(200):
         speculator.plan([seq])
         if seq.want_draft:
-            tried += 1
+            tried.append(seq.want_draft)
             speculator.observe(guess(speculator, seq, seq.want_draft), 0)
-    assert seq.want_draft <= 2
-    assert 3 <= tried <= 12
+    assert tried == sorted(tried, reverse=True)
+    assert tried[-1] == 1
+    assert len(tried) < 40
+
+
+@given(st.floats(0.0, 1.0), st.floats(0.01, 1.0), st.integers(1, 10))
+def test_the_best_length_gives_most_tokens_for_the_time(rate, cost, most):
+    """No other length has a better ratio of expected tokens to time; certain failure guesses nothing."""
+    best = best_length(rate, cost, most)
+
+    def gain(length):
+        return sum(rate**i for i in range(length + 1)) / (1 + cost * length)
+
+    assert 0 <= best <= most
+    assert gain(best) >= max(gain(length) for length in range(most + 1)) - 1e-9
+    assert rate > cost or best == 0
+
+
+def test_a_full_batch_guesses_less():
+    """Rows cost more where many sequences share the step."""
+    speculator = NgramSpeculator(8)
+    few, many = [sequence([1, 2])], [sequence([1, 2]) for _ in range(16)]
+    for number, seq in enumerate(many):
+        seq.arrival = 100 + number
+    speculator.plan(few)
+    speculator.plan(many)
+    assert many[0].want_draft < few[0].want_draft
 
 
 def test_an_ended_sequence_is_forgotten():
