@@ -247,6 +247,14 @@ class AsyncUnifiedInferenceClient:
         transport = await self._transport("chat")
         return [str(row["id"]) for row in (await transport.get("/models")).get("data", ())]
 
+    async def first_model(self) -> str:
+        """Return the model that `chat` uses where none is named.
+
+        Raises:
+            ModelNotFoundError: no chat model is served.
+        """
+        return (await self._chat_target(None))[1]
+
     async def health(self) -> dict[str, Any]:
         """Return what the server says of itself.
 

@@ -166,6 +166,14 @@ class UnifiedInferenceClient:
         """Return the names of the models that are served."""
         return self._call(self._async.models())
 
+    def first_model(self) -> str:
+        """Return the model that `chat` uses where none is named.
+
+        Raises:
+            ModelNotFoundError: no chat model is served.
+        """
+        return self._call(self._async.first_model())
+
     def health(self) -> dict[str, Any]:
         """Return what the server says of itself.
 

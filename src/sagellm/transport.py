@@ -140,6 +140,10 @@ class HttpTransport:
         """Send `body` and return the reply."""
         return await self._call("POST", path, body)
 
+    async def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Send a request of any method and return the reply."""
+        return await self._call(method, path, body)
+
     async def start_model(self, model_id: str, longest_s: float) -> None:
         """Ask the control plane to start an engine for `model_id`; it answers when the engine serves."""
         await self._call("POST", "/management/engines", {"model_id": model_id}, longest_s)

@@ -1,4 +1,4 @@
-"""``sage-llm bench``: serve, latency, throughput, compare."""
+"""``sage-llm bench``: serve, latency, throughput, quality, compare."""
 
 from __future__ import annotations
 
@@ -154,6 +154,57 @@ def throughput(
     _measure(
         "throughput", model, url, load, warmup, (slo_ttft, slo_tpot), output, api_key, extra, as_json, mock, mock_scale
     )
+
+
+@app.command()
+def quality(
+    model: Annotated[str, typer.Argument(help="A name (smollm2:135m) or a path (./model.gguf).")] = "smollm2:135m",
+    quant: Annotated[
+        list[str] | None, typer.Option("--quant", help="Precision to judge; repeatable [auto, q8, bf16].")
+    ] = None,
+    kv_dtype: flags.KvDtype = None,
+    backend: Annotated[str, typer.Option(help="Backend of the judged paths.")] = "cpu",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to score.")] = 20_000,
+    text: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="UTF-8 text [Python's language reference].")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=0, help="Of the judged paths; 0 is as many as there are.")] = 0,
+    as_json: Annotated[bool, JsonOption] = False,
+) -> None:
+    """Perplexity, KL and top-1 agreement of quantised paths against float32 on the same weights."""
+    from dataclasses import asdict
+
+    import msgspec
+
+    from sagellm import store
+    from sagellm.bench.quality import QualityPath, measure_quality
+
+    try:
+        paths = [
+            msgspec.convert({"quant": name, "kv_dtype": kv_dtype or "auto", "backend": backend}, QualityPath)
+            for name in quant or ["auto", "q8", "bf16"]
+        ]
+    except msgspec.ValidationError as error:
+        raise InvalidArgumentError(f"--quant or --kv-dtype: {error}", param="quant") from error
+    flags.ensure_model(model)
+    shown = sys.stderr.isatty()
+
+    def progress(done: int, total: int) -> None:
+        if shown:
+            sys.stderr.write(f"\r{done} of {total} tokens" + ("\n" if done == total else ""))
+
+    report = measure_quality(
+        store.resolve(model).path,
+        paths,
+        text=text.read_text(encoding="utf-8") if text is not None else None,
+        max_tokens=tokens,
+        threads=threads,
+        progress=progress,
+    )
+    if as_json:
+        print_json(asdict(report))
+    else:
+        print(report.table())
 
 
 @app.command()

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["COMMANDS", "Command", "main"]
+__all__ = ["ALIASES", "COMMANDS", "Command", "main"]
 
 PROGRAM = "sage-llm"
 
@@ -30,12 +30,20 @@ _TALK, _MODELS, _OPERATE = "Talk", "Models", "Operate"
 
 COMMANDS: dict[str, Command] = {
     "run": Command("sagellm.cli.run", "Chat with a model in the terminal, or answer one prompt", _TALK),
+    "chat": Command("sagellm.cli.chat", "Chat with a running server", _TALK),
     "serve": Command("sagellm.cli.serve", "Serve models over HTTP: OpenAI-compatible, on 127.0.0.1:8889", _TALK),
     "gateway": Command("sagellm.cli.gateway", "Serve without a model; engines join over /v1/management", _TALK),
     "pull": Command("sagellm.cli.pull", "Bring a model onto this machine", _MODELS),
     "list": Command("sagellm.cli.list", "Show the models on this machine", _MODELS),
+    "show": Command("sagellm.cli.show", "Show what a model is", _MODELS),
+    "cp": Command("sagellm.cli.cp", "Give a model a second name", _MODELS),
     "rm": Command("sagellm.cli.rm", "Delete a model from this machine", _MODELS),
-    "bench": Command("sagellm.cli.bench", "Measure a server or an engine, compare two runs", _OPERATE),
+    "ps": Command("sagellm.cli.ps", "Show the engines of a running server", _OPERATE),
+    "stop": Command("sagellm.cli.stop", "Unload a model of a running server", _OPERATE),
+    "engine": Command("sagellm.cli.engine", "Start, stop and drain engines of a running server", _OPERATE),
+    "top": Command("sagellm.cli.top", "Watch a running server: engines, queue, KV, rates", _OPERATE),
+    "keys": Command("sagellm.cli.keys", "API keys: add, list, revoke", _OPERATE),
+    "bench": Command("sagellm.cli.bench", "Measure a server, an engine or its quality, compare two runs", _OPERATE),
     "demo": Command("sagellm.cli.demo", "Measure this machine by a year's workload and judge the numbers", _OPERATE),
     "info": Command("sagellm.cli.info", "Show this installation and machine", _OPERATE),
     "doctor": Command(
@@ -47,10 +55,11 @@ COMMANDS: dict[str, Command] = {
     "config": Command("sagellm.cli.config", "Show settings and where they come from", _OPERATE),
     "migrate": Command("sagellm.migrate.cli", "Rewrite a code base from the old names to the new", _OPERATE, "migrate"),
     "arch": Command("sagellm.migrate.cli", "Check a code base against the architecture's rules", _OPERATE, "arch"),
+    "completion": Command("sagellm.cli.completion", "Print the completion script of bash, zsh or fish", _OPERATE),
     "version": Command("sagellm.cli.version", "Print the version", _OPERATE),
 }
 
-_ALIASES = {"ls": "list", "check": "doctor"}
+ALIASES = {"ls": "list", "check": "doctor"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args[0] in {"-V", "--version"}:
         args[0] = "version"
-    name = _ALIASES.get(args[0], args[0])
+    name = ALIASES.get(args[0], args[0])
     command = COMMANDS.get(name)
     if command is None:
         sys.stderr.write(f"error: no command {args[0]!r}{_suggestion(args[0])}: {PROGRAM} --help lists them\n")
@@ -102,7 +111,7 @@ def _take_flag(args: list[str], flag: str) -> bool:
 def _suggestion(word: str) -> str:
     import difflib
 
-    close = difflib.get_close_matches(word, [*COMMANDS, *_ALIASES], n=1)
+    close = difflib.get_close_matches(word, [*COMMANDS, *ALIASES], n=1)
     return f", did you mean {close[0]!r}" if close else ""
 
 

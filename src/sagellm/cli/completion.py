@@ -1,0 +1,80 @@
+"""``sage-llm completion``: what a shell needs to complete our commands, options and model names."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Annotated, Any
+
+import typer
+
+from sagellm import store
+from sagellm.cli.common import single
+from sagellm_protocol.errors import InvalidArgumentError
+
+_BASH = """_sage_llm() {
+    local IFS=$'\\n'
+    COMPREPLY=($(compgen -W "$(sage-llm completion --words "${COMP_WORDS[@]:1:COMP_CWORD-1}" 2>/dev/null)" -- "${COMP_WORDS[COMP_CWORD]}"))
+    [ ${#COMPREPLY[@]} -gt 0 ] || COMPREPLY=($(compgen -f -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -F _sage_llm sage-llm sagellm
+"""
+_ZSH = """#compdef sage-llm sagellm
+_sage_llm() {
+    local -a words_
+    words_=(${(f)"$(sage-llm completion --words "${words[@]:1:$CURRENT-2}" 2>/dev/null)"})
+    compadd -a words_ || _files
+}
+compdef _sage_llm sage-llm sagellm
+"""
+_FISH = """complete -c sage-llm -f -a '(sage-llm completion --words (commandline -opc)[2..-1] 2>/dev/null)'
+complete -c sagellm -f -a '(sage-llm completion --words (commandline -opc)[2..-1] 2>/dev/null)'
+"""
+_SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
+_TAKES_MODEL = {"run", "serve", "rm", "show", "cp", "plan", "bench", "demo"}
+
+
+def completion(
+    shell: Annotated[str, typer.Argument(help="bash, zsh or fish.")] = "bash",
+    words: Annotated[bool, typer.Option("--words", hidden=True, help="Print what may follow the given words.")] = False,
+    typed: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+) -> None:
+    """Print the completion script of a shell: `source <(sage-llm completion bash)`."""
+    if words:
+        before = ([shell] if shell != "bash" or typed else []) + (typed or [])
+        print("\n".join(following(before)))
+        return
+    if shell not in _SCRIPTS:
+        raise InvalidArgumentError(f"no completion for {shell!r}: use one of {', '.join(_SCRIPTS)}", param="shell")
+    print(_SCRIPTS[shell], end="")
+
+
+def following(typed: list[str]) -> list[str]:
+    """Return the words that may come after `typed` (without the program's name)."""
+    from sagellm.cli.main import ALIASES, COMMANDS
+
+    if not typed:
+        return sorted([*COMMANDS, *ALIASES])
+    name = ALIASES.get(typed[0], typed[0])
+    command = COMMANDS.get(name)
+    if command is None:
+        return []
+    out = _options(command, typed[1:]) if command.entry == "app" else []
+    if name in _TAKES_MODEL:
+        out += [model.name for model in store.installed()]
+    if name == "pull":
+        out += list(store.CATALOG)
+    return out
+
+
+def _options(command: Any, typed: list[str]) -> list[str]:
+    root: Any = typer.main.get_command(getattr(importlib.import_module(command.module), command.entry))
+    commands: dict[str, Any] = getattr(root, "commands", {})
+    if commands:
+        chosen = next((word for word in typed if word in commands), None)
+        if chosen is None:
+            return sorted(commands)
+        root = commands[chosen]
+    return [flag for parameter in root.params for flag in parameter.opts if flag.startswith("--")] + ["--help"]
+
+
+app = single(completion)
