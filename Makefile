@@ -68,7 +68,7 @@ check: $(VENV)/.installed-dev
 	$(PY) -m pytest -q tests/test_public_api.py tests/test_docs_snippets.py
 
 bench: $(VENV)/.installed models
-	$(PY) benchmarks/readme_table.py
+	$(PY) benchmarks/cpu/run.py $(ARGS)
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 SCRIPTS = {"llama.cpp": "with_llamacpp.py", "openvino": "with_openvino.py"}
+FORMATS = {"llama.cpp": ("q4", "q8", "bf16"), "openvino": ("q4", "q8")}  # what each reads from a GGUF file
 REQUIREMENTS = {
     "llama.cpp": ["xllamacpp==2026.10.11549"],
     "openvino": ["openvino-genai==2026.4.1.0", "numpy"],

@@ -46,6 +46,14 @@ def print_table(result: dict, rows: dict, titles: dict[str, str]) -> None:
             f"{values[n]:,.0f}" if n in values and values[n] >= 100 else c for n, c in zip(names, cells, strict=True)
         ]
         print(f"| {titles[row]} | {unit} | " + " | ".join(cells) + f" | {ahead} |")
+    print()
+    for row, limit in (("decode", "decode_limit"), ("prefill512", "prefill_limit"), ("prefill2048", "prefill_limit")):
+        share = [
+            r["isagellm"][row] / r["isagellm"][limit] for r in rounds if row in r["isagellm"] and limit in r["isagellm"]
+        ]
+        if share:
+            what = "the read bandwidth" if row == "decode" else "the int8 dot peak"
+            print(f"{titles[row]}: {statistics.median(share):.0%} of what {what} measured in the same rounds allows")
 
 
 def write_plot(result: dict, rows: dict, titles: dict[str, str], path: Path) -> None:

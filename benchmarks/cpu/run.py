@@ -3,7 +3,9 @@
 Each round runs every contender once, one at a time, in fresh processes: A B C, A B C, ... A row's number is the median over the
 rounds; the ratio is taken round by round against the best peer of that row, so that a noisy neighbour hits both sides.
 
-    python benchmarks/cpu/run.py --model PATH [--rounds 5] [--peers llama.cpp,openvino] [--rows decode,http1,...] [--out bench-out]
+    python benchmarks/cpu/run.py [--format q4|q8|bf16] [--rounds 5] [--peers llama.cpp,openvino] [--rows decode,http1,...]
+
+The file of a format is a requantised copy of the default model, the same for everybody (``--model`` takes another).
 
 A contender is a process that speaks one JSON object a line: ``{"ready": true, ...}`` when loaded, then for each command
 (``{"op": "one", "prompt": ids, "n": tokens}``, ``{"op": "many", "prompts": ...}``, ``{"op": "rss"}``) one answer with
@@ -32,6 +34,21 @@ from report import print_table, write_plot
 
 HERE = Path(__file__).parent
 VOCABULARY = range(1000, 40_000)
+FORMATS = {"q4": "Q4_0", "q8": "Q8_0", "bf16": "BF16"}
+PARAMETERS = 106_200_000  # of SmolLM2-135M that a prompt token meets: without the tied embedding
+
+
+def model_of(kind: str) -> Path:
+    """The default model in that precision, made on first use."""
+    target = peers_.home().parent / "bench-models" / f"smollm2.{FORMATS[kind]}.gguf"
+    if not target.exists():
+        from requantise import requantise
+
+        from sagellm import store
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        requantise(store.resolve("smollm2:135m").path, FORMATS[kind], target)
+    return target
 
 
 class LineProcess:
@@ -201,13 +218,12 @@ def stream_rows(run, rng: random.Random, streams: int, rows: set[str]) -> dict[s
 def run_contender(name: str, args: argparse.Namespace, rng: random.Random) -> dict[str, float]:
     """One contender's turn in a round."""
     rows = set(args.rows)
-    model = args.models[name]
     out: dict[str, float] = {}
     for streams in (1, 16, 32):
         if not any(ROWS[row][0] == streams for row in rows):
             continue
         ctx = 2304 if streams == 1 else 512
-        options = {"model": model, "streams": streams, "threads": args.threads, "ctx": ctx}
+        options = {"model": args.model, "streams": streams, "threads": args.threads, "ctx": ctx}
         if name == "isagellm":
             out |= _our_turn(options, rng, rows, streams)
             continue
@@ -230,7 +246,7 @@ def run_contender(name: str, args: argparse.Namespace, rng: random.Random) -> di
                     out["rss16"] = session.ask(op="rss")["rss"] / 1e6
         finally:
             session.close()
-    return {row: value for row, value in out.items() if row in rows}
+    return {row: value for row, value in out.items() if row in rows or row.endswith("_limit")}
 
 
 def _our_turn(options: dict, rng: random.Random, rows: set[str], streams: int) -> dict[str, float]:
@@ -239,6 +255,9 @@ def _our_turn(options: dict, rng: random.Random, rows: set[str], streams: int) -
         session = LineProcess([sys.executable, str(HERE / "with_isagellm.py")], options)
         try:
             out |= single_rows(session, rng, rows)
+            limits = session.ask(op="limits")
+            out["decode_limit"] = limits["read_bytes_per_s"] / session.ready["weight_bytes"]
+            out["prefill_limit"] = limits["int8_ops_per_s"] / (2 * PARAMETERS)
         finally:
             session.close()
     server = OurServer(options["model"], streams, options["threads"], options["ctx"])
@@ -266,27 +285,24 @@ def _http1(url: str, rng: random.Random, model: str = "any") -> float:
 def main() -> None:
     """Run the rounds, print the table, write JSON and a plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="GGUF file for everybody")
-    parser.add_argument(
-        "--peer-model",
-        action="append",
-        default=[],
-        metavar="PEER=FILE",
-        help="another file for one contender (its best quantisation)",
-    )
+    parser.add_argument("--format", choices=sorted(FORMATS), default="q4", help="precision of everybody's weights")
+    parser.add_argument("--model", type=Path, help="another GGUF file")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--peers", type=lambda s: [p for p in s.split(",") if p], default=list(peers_.SCRIPTS))
+    parser.add_argument("--peers", type=lambda s: [p for p in s.split(",") if p], default=None)
     parser.add_argument("--rows", type=lambda s: s.split(","), default=list(ROWS))
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     args = parser.parse_args()
+    args.peers = (
+        args.peers if args.peers is not None else [p for p in peers_.SCRIPTS if args.format in peers_.FORMATS[p]]
+    )
     unknown = [r for r in args.rows if r not in ROWS] + [p for p in args.peers if p not in peers_.SCRIPTS]
     if unknown:
         parser.error(
             f"unknown: {', '.join(unknown)}; rows are {', '.join(ROWS)}; peers are {', '.join(peers_.SCRIPTS)}"
         )
     contenders = ["isagellm", *args.peers]
-    args.models = dict.fromkeys(contenders, args.model) | dict(pair.split("=", 1) for pair in args.peer_model)
+    args.model = str(args.model or model_of(args.format))
     for peer in args.peers:
         peers_.install(peer)
     rounds: list[dict[str, dict[str, float]]] = []
@@ -309,9 +325,9 @@ def main() -> None:
         "rounds": rounds,
         "machine": machine(),
     }
-    (args.out / "cpu.json").write_text(json.dumps(result, indent=1))
+    (args.out / f"cpu-{args.format}.json").write_text(json.dumps(result, indent=1))
     print_table(result, ROWS, ROW_TITLES)
-    write_plot(result, ROWS, ROW_TITLES, args.out / "cpu.svg")
+    write_plot(result, ROWS, ROW_TITLES, args.out / f"cpu-{args.format}.svg")
 
 
 def machine() -> str:

@@ -25,11 +25,16 @@ def main() -> None:
             cache=CacheOptions(prefix_caching=bool(options.get("prefix_cache"))),
         )
     )
-    say(ready=True, load_s=time.perf_counter() - started)
+    say(ready=True, load_s=time.perf_counter() - started, weight_bytes=engine.describe().weight_bytes)
     for number, line in enumerate(sys.stdin):
         command = json.loads(line)
         if command["op"] == "rss":
             say(rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        elif command["op"] == "limits":
+            from sagellm_backend.cpu.limits import measure_limits
+
+            limits = measure_limits(options["threads"])
+            say(read_bytes_per_s=limits.read_bytes_per_s, int8_ops_per_s=limits.int8_ops_per_s)
         else:
             say(**run(engine, number, command.get("prompts") or [command["prompt"]], command["n"]))
 

@@ -25,8 +25,8 @@ def write_gguf(path: Path, metadata: Mapping[str, Value], tensors: Mapping[str, 
 
     Args:
         path: overwritten.
-        metadata: key -> value; whole numbers become the smallest of uint32, int32, uint64, int64 that holds them,
-            other numbers float32.
+        metadata: key -> value; whole numbers become the smallest of uint32, int32, uint64, int64 that holds them (in arrays of
+            int32 and int64), other numbers float32.
         tensors: name -> tensor.
     """
     head = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
@@ -56,13 +56,13 @@ def _text(text: str) -> bytes:
 
 def _typed(value: Value) -> bytes:
     if isinstance(value, str) or not isinstance(value, Sequence):
-        kind = _kind([value])
+        kind = _kind([value], unsigned=True)
         return struct.pack("<I", kind) + _bare(kind, value)
-    kind = _kind(value)
+    kind = _kind(value, unsigned=False)  # other readers want arrays of whole numbers signed, single ones unsigned
     return struct.pack("<IIQ", 9, kind, len(value)) + b"".join(_bare(kind, item) for item in value)
 
 
-def _kind(values: Sequence[bool | int | float | str]) -> int:
+def _kind(values: Sequence[bool | int | float | str], *, unsigned: bool) -> int:
     if any(isinstance(v, str) for v in values):
         return 8
     if values and all(isinstance(v, bool) for v in values):
@@ -70,9 +70,11 @@ def _kind(values: Sequence[bool | int | float | str]) -> int:
     if any(isinstance(v, float) for v in values):
         return 6
     low, high = min(values, default=0), max(values, default=0)
-    if not isinstance(low, str) and low < 0:
-        return 5 if low >= -(1 << 31) else 11
-    return 4 if not isinstance(high, str) and high < 1 << 32 else 10
+    assert isinstance(low, int)
+    assert isinstance(high, int)
+    if low < 0 or not unsigned:
+        return 5 if low >= -(1 << 31) and high < 1 << 31 else 11
+    return 4 if high < 1 << 32 else 10
 
 
 def _bare(kind: int, value: bool | int | float | str) -> bytes:
