@@ -10,6 +10,7 @@ import pytest
 
 from sagellm.bench import quality
 from sagellm.bench.quality import QualityPath, measure_quality, shipped_text
+from sagellm.cli.main import main
 from sagellm_backend.base import LoadOptions, Runner
 from sagellm_backend.conformance import SequenceRun
 from sagellm_backend.reference import ReferenceBackend
@@ -112,6 +113,19 @@ def test_a_text_too_short_is_refused(tiny: Path) -> None:
     """A text of one token cannot be scored."""
     with pytest.raises(InvalidArgumentError, match="1 tokens"):
         measure_quality(tiny, [], text="a")
+
+
+def test_the_command_prints_the_report(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`bench quality` judges the precisions that are asked for; an unknown one is refused by name."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    command = ["bench", "quality", str(tiny), "--backend", "reference", "--tokens", "40", "--text", str(text)]
+    assert main([*command, "--quant", "q8", "--quant", "bf16", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["label"] for row in report["rows"]] == ["reference q8", "reference bf16"]
+    assert report["n_tokens"] == 39
+    assert main([*command, "--quant", "q3"]) == 1
+    assert "q3" in capsys.readouterr().err
 
 
 def test_the_shipped_text_is_long() -> None:
