@@ -84,7 +84,7 @@ def _info(
         prefix_ids=(bos,) if add_bos and bos is not None else (),
         suffix_ids=(eos,) if add_eos and eos is not None else (),
         eos_token_ids=tuple(sorted(ends)),
-        space_prefix=kind == "metaspace" and bool(meta.get("tokenizer.ggml.add_space_prefix", True)),
+        space_prefix="always" if kind == "metaspace" and meta.get("tokenizer.ggml.add_space_prefix", True) else "no",
         bos_token=texts["bos"],
         eos_token=texts["eos"],
         pad_token=texts["padding"],
@@ -99,7 +99,8 @@ def _byte_level(header: GGUFHeader, tokens: list[str], types: Sequence[int]) -> 
     name = header.metadata.get("tokenizer.ggml.pre", "default")
     # Files without a name, or with "default", come from converters that knew GPT-2's pattern only.
     pre = pre_tokenizer("gpt-2" if name == "default" else str(name))
-    vocab = {token: i for i, token in enumerate(tokens) if types[i] not in (TokenType.CONTROL, TokenType.USER_DEFINED)}
+    # User-defined tokens stay in the vocabulary: `tokenizers` numbers added tokens anew that are not.
+    vocab = {token: i for i, token in enumerate(tokens) if types[i] != TokenType.CONTROL}
     merges = []
     for merge in _strings(header, "tokenizer.ggml.merges"):
         left, space, right = merge.partition(" ")

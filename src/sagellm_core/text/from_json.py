@@ -21,6 +21,9 @@ _NAMES = (
     "chat_template.json",
 )  # fmt: skip
 
+_MAX_ADDED = 1 << 20
+_UNREACHABLE = -1e9  # score of a Unigram entry that is never chosen
+
 
 def source_files(directory: Path) -> list[Path]:
     """Return the files that a tokenizer is made of, those that exist."""
@@ -47,20 +50,23 @@ def convert_directory(directory: Path) -> tuple[TokenizerInfo, bytes]:
     by_text = {token.content: token.id for token in specials}
     vocab = _vocab(document)
     prefix, suffix = _around(document, by_text)
-    document["added_tokens"] = [t for t in added if not t.get("special")]
+    literals = [t for t in added if not t.get("special")]
+    document["added_tokens"] = literals
+    _pin_ids(document["model"], literals)
     document["post_processor"] = None
-    space_prefix = _own_space_prefix(document)
+    space_prefix: Literal["no", "missing"] = "missing" if _take_space_prefix(document) else "no"
     names = {name: _token_text(settings, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     template, tool_template = _templates(directory, settings)
     info = TokenizerInfo(
         kind=_kind(document),
         vocab_size=1 + max([*vocab.values(), *(t["id"] for t in added)], default=-1),
         specials=tuple(s for s in specials if len(s.content) > 1),
-        literals=tuple(t["id"] for t in added if not t.get("special")),
+        literals=tuple(t["id"] for t in literals),
         prefix_ids=prefix,
         suffix_ids=suffix,
         eos_token_ids=_ends(by_text, names["eos_token"], generation, model),
         space_prefix=space_prefix,
+        own_prefix=_encoder_prefix(document),
         chat_template=template,
         tool_template=tool_template,
         family=str(model.get("model_type", "")),
@@ -94,6 +100,20 @@ def _vocab(document: dict[str, Any]) -> dict[str, int]:
     return vocab
 
 
+def _pin_ids(model: dict[str, Any], literals: list[dict[str, Any]]) -> None:
+    """Put added tokens into the vocabulary too: `tokenizers` numbers them anew if it does not find them there."""
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        vocab.update({token["content"]: token["id"] for token in literals})
+        return
+    most = max((token["id"] for token in literals), default=-1)
+    if most > len(vocab) + _MAX_ADDED:
+        raise ModelFileError(f"tokenizer.json adds a token with the id {most} to {len(vocab)}: fetch it again")
+    vocab.extend([f"\0{index}", _UNREACHABLE] for index in range(len(vocab), most + 1))
+    for token in literals:
+        vocab[token["id"]] = [token["content"], _UNREACHABLE]
+
+
 def _walk(node: Any) -> Iterator[dict[str, Any]]:
     if isinstance(node, dict):
         yield node
@@ -114,13 +134,19 @@ def _kind(document: dict[str, Any]) -> Literal["byte_level", "metaspace", "raw"]
     return "raw"
 
 
-def _own_space_prefix(document: dict[str, Any]) -> bool:
+def _take_space_prefix(document: dict[str, Any]) -> bool:
     """Take over the prefix that is put before the first piece of a text only; `encode_pieces` knows which is first."""
     for step in _walk(document.get("pre_tokenizer")):
         if step.get("type") == "Metaspace" and step.get("prepend_scheme") == "first":
             step["prepend_scheme"] = "never"
             return True
     return False
+
+
+def _encoder_prefix(document: dict[str, Any]) -> bool:
+    """Whether the encoder puts a space before every piece."""
+    steps = [*_walk(document.get("normalizer")), *_walk(document.get("pre_tokenizer"))]
+    return any(step.get("type") == "Prepend" or step.get("prepend_scheme") == "always" for step in steps)
 
 
 def _around(document: dict[str, Any], specials: dict[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -15,6 +15,8 @@ import msgspec
 __all__ = ["Guard", "SpecialToken", "SpecialTokens"]
 
 _PRIVATE_USE = range(0xE000, 0xF900)
+# Unicode's White_Space, which `tokenizers` strips; Python's own notion has four separators more.
+_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
 
 class SpecialToken(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -66,13 +68,13 @@ class SpecialTokens:
             if at < done:
                 continue
             plain = text[done:at]
-            plain = plain.lstrip() if strip else plain
-            plain = plain.rstrip() if token.lstrip else plain
+            plain = plain.lstrip(_WHITE_SPACE) if strip else plain
+            plain = plain.rstrip(_WHITE_SPACE) if token.lstrip else plain
             if plain:
                 yield plain
             yield token.id
             done, strip = at + len(token.content), token.rstrip
-        rest = text[done:].lstrip() if strip else text[done:]
+        rest = text[done:].lstrip(_WHITE_SPACE) if strip else text[done:]
         if rest:
             yield rest
 

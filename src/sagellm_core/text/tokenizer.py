@@ -27,7 +27,8 @@ class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
         literals: tokens whose text is taken as it is (user-defined ones).
         prefix_ids, suffix_ids: what `add_special_tokens` puts around a text.
         eos_token_ids: ids that end an answer.
-        space_prefix: a space is put before a text (SentencePiece's dummy prefix).
+        space_prefix: a space is put before a text: ``always`` (SentencePiece's dummy prefix) or where it is ``missing``.
+        own_prefix: the encoder itself puts it, before every piece of plain text.
         bos_token, eos_token, pad_token, unk_token: text, for templates; empty where there is none.
         chat_template: Jinja source, or None.
         tool_template: the template for requests with tools, where a file has one of its own.
@@ -41,7 +42,8 @@ class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
     prefix_ids: tuple[int, ...] = ()
     suffix_ids: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
-    space_prefix: bool = False
+    space_prefix: Literal["no", "always", "missing"] = "no"
+    own_prefix: bool = False
     bos_token: str = ""
     eos_token: str = ""
     pad_token: str = ""
@@ -81,8 +83,7 @@ class TextTokenizer:
     @cached_property
     def marks(self) -> frozenset[str]:
         """Texts of all control and user-defined tokens."""
-        literals = (self.token_bytes(i).decode("utf-8", "replace") for i in self.info.literals)
-        return frozenset([*(token.content for token in self.info.specials), *literals])
+        return frozenset([*(token.content for token in self.info.specials), *self._literal_texts])
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
         """Text -> ids; special tokens written in `text` stay text unless `parse_special`."""
@@ -101,9 +102,19 @@ class TextTokenizer:
             if isinstance(piece, int):
                 out.append(piece)
             elif piece:
-                prefixed = self.info.space_prefix and index == 0
+                prefixed = index == 0 and self._wants_space(piece)
                 out += self._encoder.encode(f" {piece}" if prefixed else piece)
         return out
+
+    def _wants_space(self, text: str) -> bool:
+        how = self.info.space_prefix
+        if how == "no" or text.startswith(self._literal_texts):
+            return False
+        return how == "always" or not text.startswith((" ", _SPACE))
+
+    @cached_property
+    def _literal_texts(self) -> tuple[str, ...]:
+        return tuple(self.token_bytes(i).decode("utf-8", "replace") for i in self.info.literals)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return what a token spells; special tokens spell their name, unused ids nothing."""
@@ -118,7 +129,8 @@ class TextTokenizer:
         data = b"".join(self.token_bytes(t) for t in token_ids if t not in specials)
         text = data.decode("utf-8", "replace")
         first = next((t for t in token_ids if t not in self.specials.ids), None)
-        starts = self.info.space_prefix and first is not None and self.token_bytes(first).startswith(b" ")
+        prefixed = self.info.space_prefix != "no" or self.info.own_prefix
+        starts = prefixed and first is not None and self.token_bytes(first).startswith(b" ")
         return text.replace(" ", "", 1) if starts else text
 
     def _spell(self, token_id: int) -> bytes:
