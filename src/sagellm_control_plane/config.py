@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from sagellm_control_plane.types import PDSeparationConfig
+
 __all__ = [
     "SLO",
     "AdmissionConfig",
@@ -150,5 +152,6 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     admission: AdmissionConfig = AdmissionConfig()
     fairness: FairnessConfig = FairnessConfig()
     health: HealthConfig = HealthConfig()
+    pd: PDSeparationConfig | None = None
     default_output_tokens: int = 128
     default_slots: int = 256

@@ -166,7 +166,10 @@ Event = (
 
 
 class Dispatch(msgspec.Struct, frozen=True, tag=True, gc=False, omit_defaults=True):
-    """Send the sequence to an engine. `attempt` counts from 1; `hedge_after_s` asks for a `HedgeDue`."""
+    """Send the sequence to an engine. `attempt` counts from 1; `hedge_after_s` asks for a `HedgeDue`.
+
+    With a `prefill_engine_id` that engine computes the prompt and the first token, and hands its KV over to `engine_id`.
+    """
 
     request_id: str
     attempt: int
@@ -176,6 +179,7 @@ class Dispatch(msgspec.Struct, frozen=True, tag=True, gc=False, omit_defaults=Tr
     hedge: bool = False
     hedge_after_s: float | None = None
     reason: str = ""
+    prefill_engine_id: str = ""
 
 
 class Fail(msgspec.Struct, frozen=True, tag=True, gc=False, omit_defaults=True):

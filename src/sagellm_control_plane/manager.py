@@ -31,6 +31,7 @@ from sagellm_control_plane.types import (
     AutoscalerConfig,
     EngineInfo,
     EngineState,
+    PDSeparationConfig,
     PerformanceMetrics,
     RequestStatus,
     SchedulingMetrics,
@@ -64,6 +65,9 @@ class ControlPlaneManager:
         catalog: which models can be started.
         client_factory: makes clients for engines that are registered by address; the default speaks OpenAI's API over HTTP.
         store: what survives a crash: registered engines, and those that `driver` runs; give the driver the same one.
+        enable_pd_separation: compute prompts on one engine and decode on another where that is predicted to be faster; engines
+            may have the metadata ``role`` (``prefill``, ``decode``, ``any``).
+        pd_config: sizes and speeds of that.
         enable_auto_scaling: start and stop engines by demand (needs `driver` and `catalog`); a model that nobody serves is started
             when it is asked for.
         autoscaler_config: bounds and habits of that.
@@ -88,6 +92,8 @@ class ControlPlaneManager:
         driver: LifecycleDriver | None = None,
         catalog: ModelCatalog | None = None,
         client_factory: ClientFactory | None = None,
+        enable_pd_separation: bool = False,
+        pd_config: PDSeparationConfig | None = None,
         enable_auto_scaling: bool = False,
         autoscaler_config: AutoscalerConfig | None = None,
         store: Store | None = None,
@@ -97,6 +103,10 @@ class ControlPlaneManager:
         if mode not in ("http", "local"):
             raise InvalidArgumentError(f"mode is {mode!r}: use http or local", param="mode")
         core = _configured(config or CoreConfig(), scheduling_policy, routing_strategy, health_check_interval)
+        if pd_config is not None and not enable_pd_separation:
+            raise InvalidArgumentError("pd_config has no effect without enable_pd_separation=True", param="pd_config")
+        if enable_pd_separation:
+            core = msgspec.structs.replace(core, pd=pd_config or core.pd or PDSeparationConfig())
         seed = random.SystemRandom().getrandbits(32) if seed is None else seed
         self.mode = mode
         self.config = core

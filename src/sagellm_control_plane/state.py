@@ -6,10 +6,10 @@ generator come in, so that a log of events replays to identical commands.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from sagellm_control_plane import admission, migration
+from sagellm_control_plane import admission, migration, pairing
 from sagellm_control_plane.breaker import Breaker
 from sagellm_control_plane.config import CoreConfig
 from sagellm_control_plane.events import (
@@ -52,14 +52,28 @@ __all__ = ["ControlState"]
 class _Attempt:
     """One dispatch of a sequence to an engine."""
 
-    __slots__ = ("ahead_tokens", "at", "context", "decoding", "first_at", "hedge", "lease", "predicted", "sequences")
+    __slots__ = (
+        "ahead_tokens",
+        "at",
+        "context",
+        "decoding",
+        "first_at",
+        "hedge",
+        "lease",
+        "predicted",
+        "prefill",
+        "sequences",
+    )
 
-    def __init__(self, lease: Lease, at: float, predicted: float, ahead_tokens: float, *, hedge: bool) -> None:
+    def __init__(
+        self, lease: Lease, prefill: Lease | None, at: float, predicted: float, ahead_tokens: float, *, hedge: bool
+    ) -> None:
         self.lease = lease
+        self.prefill = prefill
         self.at = at
         self.predicted = predicted
         self.ahead_tokens = ahead_tokens
-        self.decoding = lease.engine.decoding
+        self.decoding = (prefill or lease).engine.decoding
         self.first_at: float | None = None
         self.hedge = hedge
         self.sequences = 0
@@ -286,6 +300,7 @@ class ControlState:
             fair = self.config.fairness.enabled
             queue = self._queues[request.model] = WaitingQueue(self._policy, self.counters, fair=fair)
         queue.push(request)
+        self.view.waiting_since.setdefault(request.model, request.arrived_at)
         return []
 
     def _decide(self, request: RequestView, now: float) -> Decision | None:
@@ -296,7 +311,7 @@ class ControlState:
         narrowed = self._policy.narrow(self.view, request, candidates, now)
         if not narrowed:
             return None
-        decision = self._route(self.view, request, narrowed, now, self._rng)
+        decision = self._choose(request, narrowed, now)
         hold = self.config.admission.hold_above_s
         if hold is not None and decision.engine.running:
             uncached = request.prompt_tokens + request.emitted - decision.hit_tokens
@@ -305,28 +320,49 @@ class ControlState:
                 return None
         return decision
 
+    def _choose(self, request: RequestView, engines: Sequence[EngineView], now: float) -> Decision:
+        config = self.config
+        if config.pd is None:
+            return self._route(self.view, request, engines, now, self._rng)
+
+        def route(some: Sequence[EngineView]) -> Decision:
+            return self._route(self.view, request, some, now, self._rng)
+
+        output = self.view.expected_output(request, config.default_output_tokens)
+        return pairing.choose(self.view, request, engines, now, config.pd, output, route)
+
     def _dispatch(self, record: _Record, decision: Decision, now: float, *, hedge: bool = False) -> Dispatch:
-        request, engine = record.request, decision.engine
-        uncached = request.prompt_tokens + request.emitted - decision.hit_tokens
-        ahead = engine.backlog(now) + uncached
-        predicted = engine.latency.ttft(ahead, engine.decoding)
+        request = record.request
         context = request.prompt_tokens + request.emitted
-        lease = self.ledger.take(engine, uncached, context, now, suspect=record.suspicion > 0.0)
+        engine, pair = decision.engine, decision.prefill is not None
+        first = decision.prefill or engine
+        uncached = context - decision.hit_tokens
+        ahead = first.backlog(now) + uncached
+        predicted = first.latency.ttft(ahead, first.decoding)
+        suspect = record.suspicion > 0.0
+        prefill = self.ledger.take(first, uncached, context, now, suspect=suspect) if pair else None
+        lease = self.ledger.take(engine, 1 if pair else uncached, context, now, suspect=suspect)
         engine.breaker.on_dispatch(now)
+        turn = self.view.turns.get(engine.profile.device)
+        if turn is not None:
+            turn.sent += 1
         record.queued_at = None
         record.tries += 1
-        record.attempts[record.tries] = _Attempt(lease, now, predicted, ahead, hedge=hedge)
+        record.attempts[record.tries] = _Attempt(lease, prefill, now, predicted, ahead, hedge=hedge)
         if request.blocks:
             self.view.prefix.record(engine.engine_id, request.blocks)
+            if pair:
+                self.view.prefix.record(first.engine_id, request.blocks)
         stats = self.stats
         stats.decisions += 1
         stats.prompt_tokens += request.prompt_tokens
         stats.hit_tokens += decision.hit_tokens
+        stats.splits += pair
         if record.tries == 1:
             self.counters.charge(request.tenant, request.prompt_tokens, 0)
         after = None
         if self.config.hedge.enabled and not request.emitted and record.tries == 1:
-            after = max(engine.latency.ttft_p95(ahead, lease.engine.decoding), self.config.hedge.min_delay_s)
+            after = max(first.latency.ttft_p95(ahead, first.decoding), self.config.hedge.min_delay_s)
         return Dispatch(
             request.request_id,
             record.tries,
@@ -336,7 +372,15 @@ class ControlState:
             hedge,
             after,
             decision.reason,
+            first.engine_id if pair else "",
         )
+
+    def _return_leases(self, attempt: _Attempt) -> None:
+        """The attempt is over: whatever it holds comes back."""
+        self.ledger.give_back(attempt.lease)
+        if attempt.prefill is not None:
+            self.ledger.give_back(attempt.prefill)
+            attempt.prefill = None
 
     def _on_hedge(self, event: HedgeDue, now: float) -> list[Command]:
         record = self._records.get(event.request_id)
@@ -359,7 +403,12 @@ class ControlState:
         attempt.first_at = now
         lease, engine = attempt.lease, attempt.lease.engine
         seconds = now - attempt.at
-        engine.latency.learn_ttft(attempt.ahead_tokens, attempt.decoding, seconds)
+        prefilled_by = attempt.prefill.engine if attempt.prefill is not None else engine
+        prefilled_by.latency.learn_ttft(attempt.ahead_tokens, attempt.decoding, seconds)
+        if attempt.prefill is not None:
+            prefilled_by.busy_since = now
+            self.ledger.give_back(attempt.prefill)
+            attempt.prefill = None
         self.stats.on_ttft(now - record.request.arrived_at, attempt.predicted, seconds, first=record.first_at is None)
         self.ledger.first_token(lease, now)
         attempt.sequences = engine.running
@@ -373,7 +422,7 @@ class ControlState:
     def _close(self, record: _Record, number: int) -> Abort:
         """Give up one attempt of a sequence that goes on elsewhere or ends."""
         attempt = record.attempts.pop(number)
-        self.ledger.give_back(attempt.lease)
+        self._return_leases(attempt)
         attempt.lease.engine.breaker.on_neutral()
         return Abort(record.request.request_id, number, attempt.lease.engine.engine_id)
 
@@ -386,7 +435,7 @@ class ControlState:
         self._learn_pace(attempt, event.output_tokens - record.request.emitted, now)
         engine.completed += 1
         engine.breaker.on_success()
-        self.ledger.give_back(attempt.lease)
+        self._return_leases(attempt)
         commands: list[Command] = [self._close(record, number) for number in list(record.attempts)]
         self._end(record, event.output_tokens)
         self.stats.completed += 1
@@ -421,7 +470,7 @@ class ControlState:
         if died:
             share = migration.blame(engine, now, progressed=attempt.first_at is not None)
             record.suspicion += share
-        self.ledger.give_back(attempt.lease)
+        self._return_leases(attempt)
         commands: list[Command] = []
         if event.error.retryable:
             engine.failed += 1
@@ -497,9 +546,18 @@ class ControlState:
     # -- the queue -------------------------------------------------------------------------------------------------
 
     def _pump(self, model: str, now: float) -> list[Command]:
-        """Send waiting requests while there is room."""
+        """Send waiting requests while there is room; where models take turns on a device, the others' as well."""
+        commands = self._pump_one(model, now)
+        if self.view.turns:
+            for other, queue in self._queues.items():
+                if queue and other != model:
+                    commands += self._pump_one(other, now)
+        return commands
+
+    def _pump_one(self, model: str, now: float) -> list[Command]:
         queue = self._queues.get(model)
         if not queue:
+            self.view.waiting_since.pop(model, None)
             return []
         commands: list[Command] = []
         while (request := queue.peek()) is not None:
@@ -514,6 +572,11 @@ class ControlState:
                 commands += self._refuse(request, admission.refusal(request, late))
                 continue
             commands.append(self._dispatch(record, decision, now))
+        head = queue.peek()
+        if head is None:
+            self.view.waiting_since.pop(model, None)
+        else:
+            self.view.waiting_since[model] = head.arrived_at
         return commands
 
     def _strand(self, model: str, now: float) -> list[Command]:

@@ -61,6 +61,7 @@ class Stats:
         self.retries = 0
         self.migrations = 0
         self.hedges = 0
+        self.splits = 0
         self.poisoned = 0
         self.hung = 0
         self.prompt_tokens = 0

@@ -137,7 +137,7 @@ class PDSeparationConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Prefill on one engine, decode on another.
 
     Attributes:
-        prefill_engines: share of the engines that take prefill first (at least one, never all).
+        prefill_engines: share of the engines that take prefill where none has a role (at least one, never all).
         transfer_bytes_per_s: between two engines.
         kv_bytes_per_token: what one token of KV weighs.
         min_prompt_tokens: shorter prompts stay unsplit.
@@ -204,6 +204,9 @@ class SchedulingMetrics(msgspec.Struct, frozen=True, kw_only=True):
     retries: int = 0
     migrations: int = 0
     hedges: int = 0
+    splits: int = 0
+    kv_transfers: int = 0
+    kv_transfer_bytes: int = 0
     sheds: int = 0
     poisoned: int = 0
     prefix_hit_rate: float = 0.0

@@ -15,6 +15,7 @@ from sagellm_control_plane.prefix_index import PrefixIndex
 __all__ = [
     "ClusterView",
     "Decision",
+    "DeviceTurn",
     "EngineProfile",
     "EngineView",
     "RandomSource",
@@ -49,6 +50,7 @@ class EngineProfile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         cost: of one second, in any unit; only ratios count.
         role: ``any``, ``prefill`` or ``decode``.
         prior: what is believed of its speed; None takes the cluster's.
+        device: what it shares with engines of other models; empty is a device of its own.
         adapters: LoRA adapters that it has loaded.
         journal: what it must be told to continue a sequence that another engine began: ``tokens``, ``text``, or ``none`` when
             it cannot.
@@ -64,6 +66,7 @@ class EngineProfile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     cost: float = 1.0
     role: str = "any"
     prior: LatencyPrior | None = None
+    device: str = ""
     adapters: tuple[str, ...] = ()
     journal: str = "tokens"
 
@@ -97,12 +100,16 @@ class RequestView(msgspec.Struct, kw_only=True, gc=False, omit_defaults=True):
 
 
 class Decision(msgspec.Struct, gc=False):
-    """Where a request goes: its engine, the prompt tokens expected in that engine's cache, and why."""
+    """Where a request goes: its engine, the prompt tokens expected in that engine's cache, and why.
+
+    With `prefill`, that engine computes the prompt (and the cached tokens are its), `engine` decodes.
+    """
 
     engine: EngineView
     hit_tokens: int
     score: float
     reason: str
+    prefill: EngineView | None = None
 
 
 Route = Callable[["ClusterView", RequestView, Sequence["EngineView"], float, RandomSource], Decision]
@@ -186,6 +193,17 @@ class EngineView:
         return self.latency.tpot(self.running + extra_sequences, self.context_tokens + extra_tokens)
 
 
+class DeviceTurn:
+    """Whose turn it is on a shared device, since when, and how many requests it has taken in."""
+
+    __slots__ = ("began", "model", "sent")
+
+    def __init__(self, model: str, began: float) -> None:
+        self.model = model
+        self.began = began
+        self.sent = 0
+
+
 class ClusterView:
     """All engines, ready ones by model, and who holds which prefix."""
 
@@ -201,6 +219,8 @@ class ClusterView:
         self.prefix = PrefixIndex()
         self.rotation: dict[str, int] = {}
         self.output_tokens: dict[str, float] = {}
+        self.turns: dict[str, DeviceTurn] = {}
+        self.waiting_since: dict[str, float] = {}
 
     def add(self, engine: EngineView) -> None:
         """Take in an engine that is not ready yet."""
@@ -256,6 +276,10 @@ class ClusterView:
             engine = ready[int(rng.random() * n)]
             picked[engine.engine_id] = engine
         return list(picked.values())
+
+    def on_device(self, device: str) -> list[EngineView]:
+        """Engines that share a device."""
+        return [engine for engine in self.engines.values() if engine.profile.device == device]
 
     def hit_tokens(self, engine: EngineView, request: RequestView) -> int:
         """Prompt tokens that `engine` is believed to hold; at least one token is always computed."""

@@ -28,6 +28,7 @@ from sagellm_control_plane.events import (
 from sagellm_control_plane.live.embedding import EmbeddingJob
 from sagellm_control_plane.live.registry import Engine, EngineRegistry
 from sagellm_control_plane.live.sequence import Mailbox, Sequence
+from sagellm_control_plane.live.split import SplitStats
 from sagellm_control_plane.state import ControlState
 from sagellm_control_plane.types import EngineState
 from sagellm_control_plane.view import RequestView
@@ -51,6 +52,7 @@ class Dispatcher:
         self.state = state
         self.registry = EngineRegistry()
         self.clock = clock
+        self.split_stats = SplitStats()
         self.decision_seconds = 0.0
         self.decision_events = 0
         self.on_probe: Callable[[str], None] = lambda _engine_id: None
@@ -117,7 +119,12 @@ class Dispatcher:
             self._timers[command.request_id] = asyncio.get_running_loop().call_later(
                 command.hedge_after_s, self._hedge_due, command.request_id
             )
-        sequence.start(command.attempt, command.engine_id, engine.client)
+        prefill = self.registry.find(command.prefill_engine_id) if command.prefill_engine_id else None
+        if prefill is not None and prefill.client is not None and isinstance(sequence, Sequence):
+            prefill.info.total_requests += 1
+            sequence.start(command.attempt, command.engine_id, engine.client, prefill.client)
+        else:
+            sequence.start(command.attempt, command.engine_id, engine.client)
 
     def _hedge_due(self, request_id: str) -> None:
         self._timers.pop(request_id, None)
@@ -127,7 +134,7 @@ class Dispatcher:
 
     def open(self, index: int, request: EngineRequest, view: RequestView, mailbox: Mailbox) -> Sequence:
         """Begin a sequence: its deltas, or one error, arrive in `mailbox`."""
-        sequence = Sequence(index, request, mailbox, self.feed, self.clock)
+        sequence = Sequence(index, request, mailbox, self.feed, self.clock, self.split_stats)
         self._sequences[request.request_id] = sequence
         self.feed(RequestArrived(view))
         return sequence

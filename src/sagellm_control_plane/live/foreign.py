@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["ForeignEngineClient", "foreign_engine"]
 
 _KNOWN_METADATA = {
-    "protocol", "flavour", "scheme", "path", "api_key", "served_model", "slots", "zone", "cost", "role", "context_length",
+    "protocol", "flavour", "scheme", "path", "api_key", "served_model", "slots", "zone", "cost", "role", "device", "context_length",
 }  # fmt: skip
 
 

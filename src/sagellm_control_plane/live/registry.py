@@ -30,7 +30,7 @@ class Engine:
     def profile(self) -> EngineProfile:
         """Return what the core is told about the engine.
 
-        `info.metadata` may set `zone`, `cost`, `role` and `slots`. Engines over HTTP that we know to go on with an unfinished
+        `info.metadata` may set `zone`, `cost`, `role`, `device` and `slots`. Engines over HTTP that we know to go on with an unfinished
         assistant message continue from text; the others cannot.
         """
         meta, known = self.info.metadata, self.description
@@ -44,6 +44,7 @@ class Engine:
             zone=str(meta.get("zone", "")),
             cost=float(meta.get("cost", 1.0)),
             role=str(meta.get("role", "any")),
+            device=str(meta.get("device", known.device if known is not None and self.spec is not None else "")),
             journal=_journal(known),
         )
 

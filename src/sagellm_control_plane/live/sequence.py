@@ -15,6 +15,7 @@ from contextlib import aclosing
 import msgspec
 
 from sagellm_control_plane.events import AttemptFailed, AttemptFinished, Event, FirstToken
+from sagellm_control_plane.live.split import SplitStats, split_stream
 from sagellm_protocol.engine import EngineRequest, TokenDelta
 from sagellm_protocol.errors import CancelledRequestError, EngineDiedError, Error, ErrorCode, InternalError, SageError
 from sagellm_protocol.generation import Usage
@@ -70,6 +71,7 @@ class Sequence:
         mailbox: Mailbox,
         feed: Callable[[Event], None],
         clock: Callable[[], float],
+        split_stats: SplitStats,
     ) -> None:
         self.index = index
         self.request = request
@@ -84,6 +86,7 @@ class Sequence:
         self._mailbox = mailbox
         self._feed = feed
         self._clock = clock
+        self._split_stats = split_stats
         self._attempts: dict[int, _Attempt] = {}
         self._winner: int | None = None
         self._started = False
@@ -111,8 +114,8 @@ class Sequence:
 
     # -- commands of the core --------------------------------------------------------------------------------------
 
-    def start(self, number: int, engine_id: str, client: EngineClient) -> None:
-        """Begin attempt `number`."""
+    def start(self, number: int, engine_id: str, client: EngineClient, prefill: EngineClient | None = None) -> None:
+        """Begin attempt `number`; with `prefill`, the prompt is computed there and handed over."""
         attempt = _Attempt(number, engine_id, self._clock())
         self._attempts[number] = attempt
         self.engines.append(engine_id)
@@ -123,7 +126,9 @@ class Sequence:
             # The engine died between its last token and its last word: nothing is left to compute.
             self._on_delta(attempt, TokenDelta(request_id=self.request_id, finish_reason="length"))
             return
-        attempt.task = asyncio.get_running_loop().create_task(self._run(attempt, client, self._engine_request(number)))
+        attempt.task = asyncio.get_running_loop().create_task(
+            self._run(attempt, client, prefill, self._engine_request(number))
+        )
         attempt.task.add_done_callback(lambda task: self._on_task_done(attempt, task))
 
     def abort(self, number: int) -> None:
@@ -175,9 +180,15 @@ class Sequence:
             return sampling
         return msgspec.structs.replace(sampling, max_tokens=max(sampling.max_tokens - self._pieces, 1))
 
-    async def _run(self, attempt: _Attempt, client: EngineClient, request: EngineRequest) -> None:
+    async def _run(
+        self, attempt: _Attempt, client: EngineClient, prefill: EngineClient | None, request: EngineRequest
+    ) -> None:
+        if prefill is None:
+            deltas = client.stream(request)
+        else:
+            deltas = split_stream(prefill, client, request, self._split_stats)
         try:
-            async with aclosing(client.stream(request)) as stream:
+            async with aclosing(deltas) as stream:
                 async for delta in stream:
                     if not self._on_delta(attempt, delta):
                         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sagellm_control_plane.policies import adaptive, cost_optimized, fifo, hybrid, priority, slo_aware
+from sagellm_control_plane.policies import adaptive, aegaeon, cost_optimized, fifo, hybrid, priority, slo_aware
 from sagellm_control_plane.policies.base import Policy
 from sagellm_protocol.errors import InvalidArgumentError
 
@@ -16,6 +16,7 @@ POLICIES: dict[str, Policy] = {
         slo_aware.POLICY,
         cost_optimized.POLICY,
         adaptive.POLICY,
+        aegaeon.POLICY,
         hybrid.POLICY,
     )
 }

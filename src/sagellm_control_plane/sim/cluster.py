@@ -123,6 +123,7 @@ class SimCluster:
         self.report_delay = 0.0
         self.outcomes: dict[str, Outcome] = {}
         self._requests: dict[str, SimRequest] = {}
+        self._split: dict[tuple[str, int], tuple[SimSequence, str]] = {}
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._serial = count()
         self._tick_s = tick_s
@@ -274,7 +275,24 @@ class SimCluster:
             self._at(self.now, self._feed, AttemptFinished(command.request_id, command.attempt, request.output_tokens))
             self._finished(command.request_id)
             return
+        if command.prefill_engine_id:
+            # The prompt runs as a sequence of one token elsewhere; the hand-over begins with its end.
+            engine = self.engines[command.prefill_engine_id]
+            self._split[command.request_id, command.attempt] = (sequence, command.engine_id)
+            sequence = SimSequence(command.request_id, command.attempt, sequence.prompt_tokens, 1, request.blocks)
         self._advance(engine)
+        engine.submit(sequence, self.now)
+        self._schedule(engine)
+
+    def _hand_over(self, sequence: SimSequence, engine_id: str) -> None:
+        """The KV of a prompt has arrived: the rest is decoded here."""
+        engine = self.engines[engine_id]
+        if self.outcomes[sequence.request_id].end_at == self.outcomes[sequence.request_id].end_at:
+            return
+        self._advance(engine)
+        sequence.handed = sequence.prompt_tokens
+        sequence.prompt_tokens += 1
+        sequence.output_tokens -= 1
         engine.submit(sequence, self.now)
         self._schedule(engine)
 
@@ -291,6 +309,13 @@ class SimCluster:
     def _advance(self, engine: SimEngine) -> None:
         for kind, sequence, when in engine.advance(self.now):
             outcome = self.outcomes[sequence.request_id]
+            split = self._split.get((sequence.request_id, sequence.attempt))
+            if split is not None and split[0] is not sequence:
+                if kind == "finish":
+                    self._prefilled(sequence, *split)
+                    continue
+            elif split is not None and kind == "first":
+                continue
             if kind == "first":
                 if outcome.first_at != outcome.first_at:
                     outcome.first_at = when
@@ -299,6 +324,18 @@ class SimCluster:
                 output = self._requests[sequence.request_id].output_tokens
                 self._feed(AttemptFinished(sequence.request_id, sequence.attempt, output))
                 self._finished(sequence.request_id)
+
+    def _prefilled(self, first: SimSequence, rest: SimSequence, engine_id: str) -> None:
+        pd = self.state.config.pd
+        assert pd is not None
+        if rest.output_tokens <= 1:
+            del self._split[first.request_id, first.attempt]
+            self._feed(AttemptFinished(first.request_id, first.attempt, 1))
+            self._finished(first.request_id)
+            return
+        rest.first_at = first.first_at
+        transfer = first.prompt_tokens * pd.kv_bytes_per_token / pd.transfer_bytes_per_s
+        self._at(self.now + transfer, self._hand_over, rest, engine_id)
 
     def _finished(self, request_id: str) -> None:
         self.outcomes[request_id].end_at = self.now

@@ -58,6 +58,7 @@ class SimSequence:
         "finish_step",
         "first_at",
         "generated",
+        "handed",
         "held",
         "output_tokens",
         "prompt_tokens",
@@ -82,6 +83,7 @@ class SimSequence:
         self.finish_step = 0
         self.first_at: float | None = None
         self.held = 0
+        self.handed = 0
         self.serial = 0
         self.state = "waiting"
 
@@ -367,7 +369,7 @@ class SimEngine:
             self._waiting.popleft()
             if constants.prefix_cache and sequence.blocks:
                 self.cache.acquire(sequence.blocks)
-            sequence.cached = min(hit * constants.block_size, total - 1)
+            sequence.cached = min(max(hit * constants.block_size, sequence.handed), total - 1)
             sequence.done_prefill = 0
             sequence.held = sequence.prompt_tokens - named * constants.block_size
             self._private += sequence.held + sequence.generated
