@@ -21,6 +21,10 @@ _CASED = (
 _SLASHED = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = f"{_ENGLISH}|{_LETTERS_LLAMA3}|\\p{{N}}{{1,3}}|{_REST}"
 _QWEN2 = f"{_ENGLISH}|{_LETTERS_LLAMA3}|\\p{{N}}|{_REST}"
+_QWEN35 = (
+    f"{_ENGLISH}|[^\\r\\n\\p{{L}}\\p{{N}}]?[\\p{{L}}\\p{{M}}]+|\\p{{N}}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _GPT4O = _CASED % ((_ENGLISH + "?",) * 2) + f"|\\p{{N}}{{1,3}}|{_SLASHED}"
 _TEKKEN = _CASED % ("", "") + f"|\\p{{N}}|{_SLASHED}"
 
@@ -66,6 +70,7 @@ _KNOWN = {
     "dbrx": PreTokenizer(_LLAMA3),
     "smaug-bpe": PreTokenizer(_LLAMA3),
     "qwen2": PreTokenizer(_QWEN2, nfc=True),
+    "qwen35": PreTokenizer(_QWEN35),
     "deepseek-r1-qwen": PreTokenizer(_QWEN2),
     "gpt-4o": PreTokenizer(_GPT4O),
     "llama4": PreTokenizer(_GPT4O),
