@@ -8,10 +8,7 @@ import sys
 
 from sagellm_protocol.errors import InternalError, SageError
 
-__all__ = ["EXPECTED", "INTERRUPTED", "describe", "exit_status", "reader_went_away", "report"]
-
-EXPECTED = (SageError, OSError, ImportError, UnicodeError, MemoryError)
-"""What can go wrong without a bug of ours; anything else keeps its traceback, because it is one."""
+__all__ = ["INTERRUPTED", "describe", "exit_status", "reader_went_away", "report"]
 
 INTERRUPTED = 130
 
@@ -53,7 +50,7 @@ def describe(error: BaseException) -> str:
         return _describe_missing(error)
     if isinstance(error, MemoryError):
         return "out of memory: use a smaller model, or pass --ctx and --parallel with smaller numbers"
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error} (this is a bug of ours: run again with --debug and report it)"
 
 
 def _describe_os(error: OSError) -> str:

@@ -83,21 +83,25 @@ def _run(name: str, command: Command, args: list[str], *, debug: bool) -> int:
     from sagellm.cli import failures
 
     try:
-        entry = getattr(importlib.import_module(command.module), command.entry)
-        if command.entry == "app":
-            entry(args, prog_name=f"{PROGRAM} {name}")
-            return 0
-        return int(entry(args))
+        return _call(name, command, args)
     except SystemExit as leaving:
         return failures.exit_status(leaving.code)
     except KeyboardInterrupt:
         return failures.INTERRUPTED
     except BrokenPipeError:
         return failures.reader_went_away()
-    except failures.EXPECTED as error:
+    except Exception as error:
         if debug:
             raise
         return failures.report(error)
+
+
+def _call(name: str, command: Command, args: list[str]) -> int:
+    entry = getattr(importlib.import_module(command.module), command.entry)
+    if command.entry != "app":
+        return int(entry(args))
+    entry(args, prog_name=f"{PROGRAM} {name}")
+    return 0
 
 
 def _take_flag(args: list[str], flag: str) -> bool:

@@ -12,9 +12,13 @@ from sagellm.store.catalog import CATALOG
 
 def pull(
     model: Annotated[
-        str, typer.Argument(help="A name of the catalogue (see --catalog) or a path to a GGUF file or model directory.")
+        str,
+        typer.Argument(
+            help="A name of the catalogue (see --catalog), a path, https://…, hf:org/repo[:QUANT] or ms:org/repo/file."
+        ),
     ] = "",
     name: Annotated[str | None, typer.Option(help="What to call it here; the default follows from MODEL.")] = None,
+    sha256: Annotated[str | None, typer.Option(help="What the weight file must hash to.")] = None,
     catalog: Annotated[
         bool, typer.Option("--catalog", help="List the models that are known by name, and stop.")
     ] = False,
@@ -32,7 +36,7 @@ def pull(
 
     bar = ProgressBar()
     try:
-        stored = fetch(model, name=name, progress=bar)
+        stored = fetch(model, name=name, sha256=sha256, progress=bar)
     finally:
         bar.finish()
     print(f"{stored.name} is ready: {human_bytes(stored.size_bytes)} in {stored.path}")

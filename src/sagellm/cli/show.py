@@ -37,8 +37,11 @@ def describe(model: str) -> dict[str, Any]:
         ModelFileError: the file is damaged.
     """
     from sagellm_core.loader import open_model
+    from sagellm_core.loader.encoder import is_encoder
 
     stored = store.resolve(model)
+    if is_encoder(stored.path):
+        return _describe_encoder(stored)
     with open_model(stored.path) as files:
         parameters = sum(_count(files.weights[name].shape) for name in files.weights)
         spec, metadata = files.spec, files.metadata
@@ -57,6 +60,29 @@ def describe(model: str) -> dict[str, Any]:
             "sampling": _sampling(stored),
             "template": str(metadata.get("tokenizer.chat_template") or ""),
         }
+
+
+def _describe_encoder(stored: store.StoredModel) -> dict[str, Any]:
+    from sagellm_core.loader.encoder import open_encoder
+
+    files = open_encoder(stored.path)
+    spec = files.spec
+    tensors = [files.weights[name] for name in files.weights]
+    return {
+        "name": stored.name,
+        "path": str(stored.path),
+        "kind": "embedding",
+        "architecture": getattr(spec, "architecture", type(spec).__name__),
+        "parameters": sum(_count(tensor.shape) for tensor in tensors),
+        "layers": spec.n_layers,
+        "context": spec.context_length,
+        "quantisation": max(tensors, key=lambda tensor: _count(tensor.shape)).format.name,
+        "size_bytes": stored.size_bytes,
+        "licence": stored.manifest.get("license") or "",
+        "source": stored.manifest.get("source", ""),
+        "sampling": {},
+        "template": "",
+    }
 
 
 def _sampling(stored: store.StoredModel) -> dict[str, float]:

@@ -14,13 +14,15 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sagellm.store import remote
 from sagellm.store.catalog import CATALOG
 from sagellm.store.layout import MANIFEST, ModelName, StoredModel, find, home, looks_like_path
+from sagellm.store.remote import is_remote
 from sagellm.store.wheels import fetch_wheels
 from sagellm_protocol.errors import InvalidArgumentError, ModelFileError, ModelNotFoundError, ResourceExhaustedError
 
@@ -48,12 +50,16 @@ class Fetched:
     facts: dict[str, Any]
 
 
-def pull(model: str, *, name: str | None = None, progress: Progress | None = None) -> StoredModel:
+def pull(
+    model: str, *, name: str | None = None, sha256: str | None = None, progress: Progress | None = None
+) -> StoredModel:
     """Make `model` available under `name` and return it; nothing is fetched when it is already there.
 
     Args:
-        model: a name of the catalogue, or a path to a GGUF file or a directory of safetensors.
+        model: a name of the catalogue, a path to a GGUF file or a directory of safetensors, or a remote name
+            (see `sagellm.store.remote`).
         name: what to call it in the store; the default is derived from `model`.
+        sha256: what the (only) weight file must hash to.
         progress: told how far it is.
 
     Raises:
@@ -67,13 +73,24 @@ def pull(model: str, *, name: str | None = None, progress: Progress | None = Non
     with _locked(target), _disk_errors(target):
         if (found := find(str(target))) is not None and not looks_like_path(model) and not _lacks_defaults(found):
             return found
-        fetched = _fetch(model, target, report)
+        fetched = _expecting(_fetch(model, target, report), sha256)
         stored = _commit(target, fetched, report)
         shutil.rmtree(target.staging, ignore_errors=True)
         return stored
 
 
+def _expecting(fetched: Fetched, sha256: str | None) -> Fetched:
+    if sha256 is None:
+        return fetched
+    weights = [name for name in fetched.files if name.endswith((".gguf", ".safetensors"))]
+    if len(weights) != 1:
+        raise InvalidArgumentError(f"--sha256 is of one file, {len(weights)} were fetched: drop it", param="sha256")
+    return replace(fetched, sha256={**fetched.sha256, weights[0]: sha256.lower()})
+
+
 def _default_name(model: str) -> str:
+    if is_remote(model):
+        return remote.default_name(model)
     if not looks_like_path(model):
         return model
     stem = Path(model).expanduser().resolve().name.removesuffix(".gguf").lower()
@@ -81,6 +98,8 @@ def _default_name(model: str) -> str:
 
 
 def _fetch(model: str, target: ModelName, report: Progress) -> Fetched:
+    if is_remote(model):
+        return _fetch_remote(model, target, report)
     if looks_like_path(model):
         return _fetch_local(Path(model).expanduser())
     entry = CATALOG.get(str(ModelName.parse(model)))
@@ -109,6 +128,17 @@ def _fetch(model: str, target: ModelName, report: Progress) -> Fetched:
 def _lacks_defaults(stored: StoredModel) -> bool:
     entry = CATALOG.get(stored.name)
     return entry is not None and bool(entry.sampling) and DEFAULTS not in stored.manifest["files"]
+
+
+def _fetch_remote(model: str, target: ModelName, report: Progress) -> Fetched:
+    folder = target.staging / "files"
+    folder.mkdir(parents=True, exist_ok=True)
+    if model.startswith("hf:"):
+        return Fetched(*remote.fetch_hub(model, folder, report))
+    if model.startswith("ms:"):
+        files, facts = remote.fetch_modelscope(model, folder, report)
+        return Fetched(files, {}, facts)
+    return Fetched(remote.fetch_url(model, folder, report), {}, {"source": model, "license": "", "kind": "llm"})
 
 
 def _fetch_local(path: Path) -> Fetched:

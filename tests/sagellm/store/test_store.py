@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import http.server
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -18,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sagellm import store
-from sagellm.store import catalog
+from sagellm.store import catalog, remote
 from sagellm.store import pull as pull_module
 from sagellm.store.layout import ModelName, collect_garbage
 from sagellm.store.pull import pull
@@ -266,3 +268,118 @@ def test_errors_of_the_store_are_in_the_tree() -> None:
     for name in ("nonesuch", "../x", "./nonesuch.gguf"):
         with pytest.raises(SageError):
             store.resolve(name)
+
+
+class RangeServer:
+    """Serves one file over HTTP, with ranges; breaks the connection off after `break_after` bytes, as often as it is told."""
+
+    def __init__(self, content: bytes, break_after: int = 0, breaks: int = 0) -> None:
+        outer = self
+        self.asked: list[str | None] = []
+        self.breaks = breaks
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if not self.path.endswith("tiny.gguf"):
+                    self.send_error(404)
+                    return
+                wanted = self.headers.get("range")
+                outer.asked.append(wanted)
+                start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+                rest = content[start:]
+                self.send_response(206 if wanted else 200)
+                self.send_header("content-length", str(len(rest)))
+                self.end_headers()
+                if outer.breaks:
+                    outer.breaks -= 1
+                    rest = rest[:break_after]
+                self.wfile.write(rest)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True)
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/files/tiny.gguf"
+
+    def __enter__(self) -> RangeServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+        self.thread.join()
+
+
+def test_a_download_goes_on_where_it_broke_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken off twice, a URL is fetched with range requests and arrives whole."""
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    content = bytes(range(256)) * 5000
+    with RangeServer(content, break_after=300_000, breaks=2) as server:
+        stored = pull(server.url, sha256=hashlib.sha256(content).hexdigest())
+        assert stored.path.read_bytes() == content
+        assert stored.name == "tiny:latest"
+        assert server.asked[0] is None
+        assert all(asked is not None for asked in server.asked[1:])
+
+
+def test_a_url_with_another_content_is_refused() -> None:
+    """--sha256 stands over what the server sends; a missing file says so."""
+    with RangeServer(b"GGUF") as server:
+        with pytest.raises(ModelFileError, match=r"0{64}"):
+            pull(server.url, sha256="0" * 64)
+        assert store.installed() == []
+        with pytest.raises(ModelNotFoundError, match="404"):
+            pull(server.url.replace("tiny", "other"))
+
+
+@pytest.mark.parametrize(
+    "url", ["http://example.org/x.gguf", "https://example.org/x.exe", "https://example.org/..%2fx.gguf/"]
+)
+def test_urls_that_are_not_fetched(url: str) -> None:
+    """Unencrypted hosts and other files are refused before anything is sent."""
+    with pytest.raises(InvalidArgumentError):
+        pull(url, name="x")
+
+
+def test_a_repository_s_file_is_chosen() -> None:
+    """By quantisation, by name, the only one, the usual one; what is not clear is asked back with the choices."""
+    files = ["README.md", "m-Q4_K_M.gguf", "m-Q8_0.gguf", "config.json"]
+    assert remote.choose_files(files, "q8_0") == ["m-Q8_0.gguf"]
+    assert remote.choose_files(files, None) == ["m-Q4_K_M.gguf"]
+    assert remote.choose_files(files, "m-Q8_0.gguf") == ["m-Q8_0.gguf"]
+    assert remote.choose_files(["a.gguf"], None) == ["a.gguf"]
+    assert remote.choose_files(["model.safetensors", "config.json", "x.bin"], None) == [
+        "model.safetensors",
+        "config.json",
+    ]
+    for wanted in ("Q3_K", "nope.gguf"):
+        with pytest.raises(ModelNotFoundError, match="m-Q4_K_M"):
+            remote.choose_files(files, wanted)
+    with pytest.raises(ModelNotFoundError, match="which quantisation"):
+        remote.choose_files(["m-Q5_0.gguf", "m-Q6_K.gguf"], None)
+    with pytest.raises(ModelNotFoundError):
+        remote.choose_files(["x.bin"], None)
+
+
+def test_remote_names_become_store_names() -> None:
+    """The repository and the quantisation make the name; a bad repository is refused."""
+    assert remote.default_name("hf:Org/Some-Model-GGUF:Q8_0") == "some-model-gguf:q8_0"
+    assert remote.default_name("https://example.org/a/My%20Model.gguf") == "my-20model"
+    for bad in ("hf:justone", "hf:../x", "ms:a/b"):
+        with pytest.raises((InvalidArgumentError, ModelNotFoundError)):
+            pull(bad, name="x")
+
+
+def test_a_copy_shares_the_content(weights: Path) -> None:
+    """A second name costs no room, survives the first one's removal, and a name that is taken is refused."""
+    first = pull(str(weights))
+    second = store.copy("tiny", "other:v1")
+    assert second.path.stat().st_ino == first.path.stat().st_ino
+    with pytest.raises(InvalidArgumentError):
+        store.copy("tiny", "other:v1")
+    store.remove("tiny")
+    assert store.find("other:v1") is not None
+    with pytest.raises(ModelNotFoundError):
+        store.copy("tiny", "again")
