@@ -256,7 +256,6 @@ class Call:
 
         Raises:
             HttpError: 413 too large, 415 encoded, 408 too slow.
-            ClientGoneError: the client hung up.
         """
         limits, timeouts = self.gateway.config.limits, self.gateway.config.timeouts
         bound = limits.body_bytes if max_bytes is None else max_bytes
@@ -286,7 +285,8 @@ class Call:
         size = 0
         while True:
             if message["type"] != "http.request":
-                raise ClientGoneError
+                # Some servers report a malformed chunk as a disconnect, and still pass the answer on.
+                raise HttpError(400, "the connection ended before the body was complete", code="incomplete_body")
             part = message.get("body", b"")
             size += len(part)
             if size > bound:

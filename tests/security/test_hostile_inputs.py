@@ -417,9 +417,15 @@ WIRE: dict[str, tuple[bytes, set[int]]] = {
 }
 
 
+# hyper, under granian, closes such connections without a word, or speaks HTTP/2 by itself.
+UVICORN_ONLY = ("8 MB of headers", "HTTP/2 preface")
+
+
 @pytest.mark.parametrize("name", WIRE)
 def test_bytes_on_the_wire(target: Running, name: str) -> None:
     """Tricks with hosts, origins, paths, headers and lengths end in a 4xx, never in another handler."""
+    if target.kind == "granian" and name in UVICORN_ONLY:
+        pytest.skip("the server's own layer answers")
     sent, statuses = WIRE[name]
     seen = exchange(target, sent)
     status = int(seen.split(b" ", 2)[1])
