@@ -31,6 +31,7 @@ class Forward {
   void attend(int index, const Tile& tile, int thread);
   void gate_up(const Layer& y, int unit, int row0, int rows, int thread);
   void project(const Packed& w, const Activations& x, bool straight, int thread, size_t loop);
+  void prepare_head(float* row, int i);
   void head(int thread, size_t loop);
   void head_panel(int panel, int thread);
   void sample(int thread, size_t loop);

@@ -148,7 +148,8 @@ void Model::take_scratch(const Limits& limits) {
   s.normed = ActivationBuffer(limits.max_rows, c.d_model, block_in);
   s.attended = ActivationBuffer(limits.max_rows, c.q_size(), attn_in);
   s.hidden = ActivationBuffer(limits.max_rows, c.d_ff, ffn_in);
-  s.head = ActivationBuffer(limits.max_logit_rows, c.d_model, {head_.format});
+  s.head_parts = reads_int8(head_.format) ? 2 : 1;
+  s.head = ActivationBuffer(limits.max_logit_rows * s.head_parts, c.d_model, {head_.format});
   const size_t dim = static_cast<size_t>(round_up(c.head_dim, 16));
   s.threads.resize(pool_.size());
   for (auto& t : s.threads) {
@@ -158,7 +159,7 @@ void Model::take_scratch(const Limits& limits) {
     t.up = Memory(rows * kPanel * 4);
     t.attention = Memory(attention_scratch(c.head_dim) * 4);
     t.lanes = Memory(kLanes * dim * 4);
-    t.logits = Memory(logit_rows * kPanel * 4);
+    t.logits = Memory(logit_rows * s.head_parts * kPanel * 4);
     t.sampler = std::make_unique<Sampler>(kernels_, c.vocab);
     t.best.resize(logit_rows);
     t.index.resize(logit_rows);

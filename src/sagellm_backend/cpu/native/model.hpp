@@ -103,6 +103,7 @@ struct Scratch {
   std::vector<size_t> rope_at;       // of each rope in it
   Memory x, branch, qkv, attn, rope, logits;
   ActivationBuffer normed, attended, hidden, head;
+  int head_parts = 1;  // 2: rows of the head are int8 values and, as another row, what their rounding left over
   struct Thread {
     ActivationBuffer normed;  // each thread's own copy for the few rows of a step without prefill
     Memory row, gate, up, attention, lanes, logits;
