@@ -7,6 +7,10 @@ from typing import Any, ClassVar
 import httpx2
 import pytest
 
+from sagellm_control_plane.manager import ControlPlaneManager
+from sagellm_core.local import LocalEngine
+from sagellm_core.testing import mock_engine
+from sagellm_core.text.bytes_model import ByteChatModel
 from sagellm_gateway.config import GatewayConfig, Timeouts
 from sagellm_gateway.server import create_app
 from sagellm_gateway.testing import Running, running
@@ -127,4 +131,32 @@ def server(gateway_server: tuple[Running, ScriptedManager], manager: ScriptedMan
 @pytest.fixture
 def http(server: Running) -> Iterator[httpx2.Client]:
     with httpx2.Client(base_url=server.url, timeout=10, trust_env=False) as client:
+        yield client
+
+
+class Stack:
+    """The real control plane and engine over the simulated device, behind the gateway."""
+
+    def __init__(self) -> None:
+        self.manager = ControlPlaneManager(mode="local")
+        self.engine = LocalEngine(mock_engine())
+        start = self.manager.start
+
+        async def start_with_engine() -> None:
+            await start()
+            await self.manager.add_engine(self.engine, ByteChatModel("mock", 2048))
+
+        self.manager.start = start_with_engine  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="session")
+def stack_server() -> Iterator[tuple[Stack, Running]]:
+    stack = Stack()
+    with running(create_app(stack.manager)) as server:
+        yield stack, server
+
+
+@pytest.fixture
+def stack_http(stack_server: tuple[Stack, Running]) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=stack_server[1].url, timeout=20, trust_env=False) as client:
         yield client
