@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from sagellm_backend.adapter import Adapter, check_adapter
 from sagellm_backend.base import (
     BLOCK_SIZE,
     Capability,
@@ -127,7 +128,7 @@ class WordSalad:
         breaks = np.flatnonzero((text <= 32) | (text > 255))
         fragment = text[breaks[-1] + 1 :] if breaks.size else text
         before = zlib.crc32(tokens[: tokens.size - fragment.size].tobytes())
-        spelled = bytes(fragment.astype(np.uint8))
+        spelled = bytes((fragment & 255).astype(np.uint8))
         if not spelled:
             picks = (_WORDS[(before >> shift) % len(_WORDS)][0] for shift in (0, 7, 14, 21))
             return Next(tuple(dict.fromkeys(map(ord, picks))))
@@ -156,6 +157,7 @@ class MockRunner:
         self._latency = latency
         self._next_token = next_token
         self._kv = MockKV(options.n_blocks)
+        self._marks: dict[int, int] = {-1: 0}
         self._noise = np.random.default_rng(0).uniform(-2.0, 2.0, 8192).astype(np.float32)
         self._ids = np.arange(spec.vocab_size)
 
@@ -177,14 +179,16 @@ class MockRunner:
     def step(self, batch: StepBatch) -> StepResult:
         """Write the rows' ids to their blocks, then draw from logits that depend on what the blocks hold."""
         check_batch(batch, self._spec, self._options)
-        if batch.adapters is not None and (batch.adapters >= 0).any():
-            raise ValueError("a sequence names an adapter: the simulated device takes none")
         seconds = self._latency.of(batch.lengths)
         positions = batch.positions
         owners = np.repeat(np.arange(batch.lengths.size), batch.lengths)
-        self._kv.write(batch.block_tables[owners, positions // BLOCK_SIZE], positions % BLOCK_SIZE, batch.token_ids)
+        marks = self._marks_of(batch)
+        blocks = batch.block_tables[owners, positions // BLOCK_SIZE]
+        self._kv.write(blocks, positions % BLOCK_SIZE, batch.token_ids + marks[owners])
         wanted = batch.logit_rows.tolist()
-        seen = [self._kv.read(batch.block_tables[owners[row]], int(positions[row]) + 1) for row in wanted]
+        seen = [
+            self._read(batch.block_tables[owners[row]], int(positions[row]) + 1, marks[owners[row]]) for row in wanted
+        ]
         if not batch.sampling:  # hidden states only
             time.sleep(seconds)
             return StepResult(np.empty(0, np.int32), np.empty(0, np.float32), hidden=self._hidden(seen))
@@ -203,8 +207,40 @@ class MockRunner:
             hidden=self._hidden(seen) if batch.want_hidden else None,
         )
 
+    def load_adapter(self, number: int, adapter: Adapter) -> None:
+        """Know an adapter as `number`; it changes what is written to the blocks, and so the text.
+
+        Raises:
+            ValueError: it does not fit the spec.
+        """
+        check_adapter(self._spec, adapter)
+        digest = 0
+        for slot in sorted(adapter.factors):
+            for factor in adapter.factors[slot]:
+                digest = zlib.crc32(factor.tobytes(), zlib.crc32(slot.encode(), digest))
+        self._marks[number] = (1 + digest % 1023) << 20
+
+    def unload_adapter(self, number: int) -> None:
+        """Forget an adapter.
+
+        Raises:
+            KeyError: there is none of that number.
+        """
+        del self._marks[number]
+
     def close(self) -> None:
         """Nothing to free."""
+
+    def _marks_of(self, batch: StepBatch) -> Int32:
+        """What each sequence's adapter adds to the ids in its blocks, as an adapter's keys and values differ from the model's."""
+        if batch.adapters is None:
+            return np.zeros(batch.lengths.size, np.int32)
+        return np.array([self._marks[number] for number in batch.adapters.tolist()], np.int32)
+
+    def _read(self, table: Int32, n_tokens: int, mark: int) -> Int32:
+        """Return the tokens of a sequence as its adapter sees them: another's blocks give ids that do not exist."""
+        ids = self._kv.read(table, n_tokens) - mark
+        return ids if mark == 0 else np.concatenate((np.array([mark], np.int32), ids))
 
     def _fill_logits(self, out: Float32, tokens: Int32, how: RowSampling, owner: int) -> float:
         """Write the logits after `tokens`, which belong to sequence `owner`; return the seconds that saying it takes."""

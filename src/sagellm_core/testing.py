@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from sagellm_backend.adapter import Adapter
 from sagellm_backend.base import LoadOptions
 from sagellm_backend.mock import Latency, MockBackend, NextToken, mock_spec
 from sagellm_backend.mock_script import Script, ScriptedTokens, ScriptRule, ScriptStep, ScriptTool, load_script
@@ -124,6 +125,9 @@ def collect(engine: Engine, requests: Iterable[EngineRequest], *, max_steps: int
     raise RuntimeError(f"still work to do after {max_steps} steps: {engine.status()}")
 
 
-def run_alone(request: EngineRequest) -> Collected:
+def run_alone(request: EngineRequest, adapters: Iterable[Adapter] = ()) -> Collected:
     """Run one request on a fresh engine with room for everything and nothing that could change the result."""
-    return collect(mock_engine(prefix_caching=False, max_running=1), [request])[request.request_id]
+    engine = mock_engine(prefix_caching=False, max_running=1)
+    for adapter in adapters:
+        engine.load_adapter(adapter)
+    return collect(engine, [request])[request.request_id]

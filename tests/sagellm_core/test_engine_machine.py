@@ -4,17 +4,24 @@ import random
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from sagellm_backend.adapter import Adapter
 from sagellm_core.speculation import NgramSpeculator
 from sagellm_core.testing import Collected, collect, mock_engine, run_alone
 from sagellm_protocol.engine import EngineRequest
+from sagellm_protocol.errors import InvalidArgumentError
 from sagellm_protocol.sampling import SamplingParams
 
 N_CTX = 96
+ADAPTERS = {
+    name: Adapter(name, {"0.q": (np.full((1, 32), value, np.float32), np.ones((32, 1), np.float32))})
+    for value, name in enumerate(("formal", "brief"))
+}
 
 
 def request_of(name: str, prompt: bytes, **how) -> EngineRequest:
@@ -56,6 +63,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.requests: dict[str, EngineRequest] = {}
         self.out: dict[str, Collected] = {}
         self.aborted: set[str] = set()
+        self.engine.load_adapter(ADAPTERS["formal"])
+        self.loaded = {"formal"}
 
     @rule(
         prompt=st.lists(st.sampled_from([b"ab", b"abcdefgh", b"xyz. " * 4]), min_size=1, max_size=4).map(b"".join),
@@ -67,8 +76,9 @@ class EngineMachine(RuleBasedStateMachine):
         deadline=st.sampled_from([None, None, 5.0]),
         scored=st.booleans(),
         copies=st.integers(1, 3),
+        adapter=st.sampled_from([None, None, "formal", "brief"]),
     )
-    def add(self, prompt, max_tokens, priority, temperature, seed, salt, deadline, scored, copies):
+    def add(self, prompt, max_tokens, priority, temperature, seed, salt, deadline, scored, copies, adapter):
         for _ in range(copies):
             name = f"r{len(self.requests)}"
             request = request_of(
@@ -84,13 +94,14 @@ class EngineMachine(RuleBasedStateMachine):
                 priority=priority,
                 cache_salt=salt,
                 deadline_s=deadline,
+                adapter=adapter if adapter in self.loaded else None,
             )
             self.requests[name], self.out[name] = request, Collected()
             self.engine.add(request)
 
     @rule(pick=st.integers(0, 10**6))
     def abort(self, pick):
-        live = [name for name, out in self.out.items() if out.finish_reason is None and name not in self.aborted]
+        live = [name for name in self.out if not self.ended(name)]
         if live:
             name = live[pick % len(live)]
             assert self.engine.abort(name)
@@ -106,6 +117,22 @@ class EngineMachine(RuleBasedStateMachine):
     def wait(self, seconds):
         self.now += seconds
 
+    @rule(name=st.sampled_from(sorted(ADAPTERS)))
+    def change_adapter(self, name):
+        users = [n for n, r in self.requests.items() if r.adapter == name and not self.ended(n)]
+        if name not in self.loaded:
+            self.engine.load_adapter(ADAPTERS[name])
+            self.loaded.add(name)
+        elif users:
+            with pytest.raises(InvalidArgumentError):
+                self.engine.unload_adapter(name)
+        else:
+            self.engine.unload_adapter(name)
+            self.loaded.discard(name)
+
+    def ended(self, name):
+        return name in self.aborted or self.out[name].finish_reason is not None
+
     @rule()
     def clear_cache(self):
         self.engine.clear_cache()
@@ -119,6 +146,13 @@ class EngineMachine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "requests"):
             return
+        try:
+            self.finish()
+        finally:
+            self.engine.close()
+            self.dir.cleanup()
+
+    def finish(self):
         for _ in range(5000):
             if not self.engine.has_work:
                 break
@@ -128,14 +162,12 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.engine.status().blocks_used == 0
         for name, request in self.requests.items():
             self.judge(request, self.out[name])
-        self.engine.close()
-        self.dir.cleanup()
 
     def judge(self, request, out):
         assert out.deltas, f"{request.request_id} never ended"
         assert sum(delta.finish_reason is not None for delta in out.deltas) == 1
         assert out.finish_reason is not None
-        want = run_alone(request)
+        want = run_alone(request, ADAPTERS.values())
         if out.finish_reason in ("stop", "length"):
             assert out.token_ids == want.token_ids
             assert out.logprobs == want.logprobs
