@@ -321,7 +321,8 @@ def main() -> None:
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "threads": args.threads,
-        "models": args.models,
+        "model": Path(args.model).name,
+        "format": args.format,
         "rounds": rounds,
         "machine": machine(),
     }
