@@ -92,6 +92,13 @@ def test_secrets_are_never_stored(keys: KeyStore, tmp_path: Path) -> None:
     assert all(secret.encode() not in path.read_bytes() for path in tmp_path.iterdir())
 
 
+def test_a_given_secret_is_let_in_once(guarded_url: str, keys: KeyStore) -> None:
+    """ensure() takes a secret from outside, any number of times."""
+    secret = "a-secret-from-a-mounted-file"
+    assert keys.ensure(secret, "file") == keys.ensure(secret, "file")
+    until(lambda: get(f"{guarded_url}/v1/models", headers=bearer(secret)).status_code == 200)
+
+
 @pytest.mark.parametrize(
     "headers",
     [

@@ -104,6 +104,18 @@ class KeyStore:
         await self.database.run(lambda db: _insert(db, key))
         return key, secret
 
+    def ensure(self, secret: str, name: str, role: Role = "user") -> ApiKey:
+        """Let in a secret that somebody else made (a mounted file); return its key. Once it is there nothing changes.
+
+        Raises:
+            InvalidArgumentError: it is shorter than 16 characters, or a bad name or role.
+        """
+        if len(secret) < 16:
+            raise InvalidArgumentError("the secret is shorter than 16 characters: make a longer one", param="secret")
+        fresh, _ = _new(name, role, None, None, None)
+        key = msgspec.structs.replace(fresh, hash=digest(secret))
+        return self.database.run_sync(lambda db: _find(db, key.hash) or _insert(db, key))
+
     def all(self) -> list[ApiKey]:
         """Return all keys, revoked ones too, oldest first."""
         return self.database.run_sync(_all)
@@ -164,8 +176,13 @@ def _new(name: str, role: str, rpm: int | None, tpm: int | None, tpd: int | None
     return key, secret
 
 
-def _insert(db: sqlite3.Connection, key: ApiKey) -> None:
+def _find(db: sqlite3.Connection, hashed: bytes) -> ApiKey | None:
+    return next((key for key in _all(db) if key.hash == hashed), None)
+
+
+def _insert(db: sqlite3.Connection, key: ApiKey) -> ApiKey:
     db.execute(_INSERT, msgspec.structs.astuple(key))
+    return key
 
 
 def _all(db: sqlite3.Connection) -> list[ApiKey]:
