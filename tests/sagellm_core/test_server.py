@@ -397,7 +397,7 @@ def test_long_socket_path(tmp_path):
 
 
 def run_module(*argv: str) -> subprocess.CompletedProcess[str]:
-    environ = {k: v for k, v in os.environ.items() if k != "SAGELLM_ENGINE_TOKEN"}
+    environ = {k: v for k, v in os.environ.items() if k != "SAGELLM_ENGINE_TOKEN"} | {"PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "sagellm_core.server", *argv]
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
 
