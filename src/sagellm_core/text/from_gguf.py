@@ -147,7 +147,7 @@ def _merges(
     """Every way to put a token together from two, to be tried by falling score of the result, as SentencePiece does."""
     usable = (TokenType.NORMAL, TokenType.USER_DEFINED)
     for token, index in vocab.items():
-        if types[index] not in usable:
+        if types[index] not in usable or " " in token:  # spaces are ▁ by then
             continue
         for cut in range(1, len(token)):
             left, right = vocab.get(token[:cut]), vocab.get(token[cut:])
@@ -161,7 +161,10 @@ def _bpe(vocab: Mapping[str, int], merges: list[tuple[str, str]], **options: Any
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
         "fuse_unk": True, "byte_fallback": False, "ignore_merges": False,
     }  # fmt: skip
-    return defaults | options | {"vocab": vocab, "merges": merges}
+    # "a b" is read a fifth faster than ["a", "b"], but only where no token holds a space.
+    plain = not any(" " in left or " " in right for left, right in merges)
+    joined = [f"{left} {right}" for left, right in merges] if plain else merges
+    return defaults | options | {"vocab": vocab, "merges": joined}
 
 
 def _added(tokens: list[str], types: Sequence[int]) -> list[dict[str, Any]]:
