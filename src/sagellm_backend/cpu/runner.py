@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from sagellm_backend.base import LoadOptions, StepBatch, StepResult
 from sagellm_backend.cpu import _native
 from sagellm_backend.cpu.layout import Layout, plan_layout
+from sagellm_backend.cpu.weight_cache import Arena, anonymous_arena, cached_arena
 from sagellm_backend.quant import dequantize
 from sagellm_backend.spec import DecoderSpec, RopeSpec
 from sagellm_backend.tensors import Weights
@@ -18,8 +19,6 @@ from sagellm_backend.tensors import Weights
 __all__ = ["CpuKV", "CpuRunner"]
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
-
-Arena = npt.NDArray[np.uint8]
 
 
 class CpuKV:
@@ -69,7 +68,7 @@ class CpuRunner:
     def __init__(self, spec: DecoderSpec, weights: Weights, options: LoadOptions, *, isa: str, kv_dtype: str) -> None:
         model = _native.Model(_config(spec), isa, options.threads)
         layout = plan_layout(spec, weights, options.quant)
-        arena = _pack(model, layout, weights)
+        arena = _packed(model, layout, weights, options.cache_dir)
         for placed in layout.matrices:
             model.set_matrix(
                 placed.slot, placed.packed, placed.outputs, placed.inputs, arena, placed.offset, placed.panel_stride
@@ -169,29 +168,28 @@ def _int32(array: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
-def _pack(model: _native.Model, layout: Layout, weights: Weights) -> Arena:
-    arena = _anonymous(layout.nbytes)
-    for placed in layout.matrices:
-        tensor = weights[placed.slot]
-        model.pack_matrix(
-            placed.packed,
-            placed.outputs,
-            placed.inputs,
-            tensor.format.name,
-            np.ascontiguousarray(tensor.data),
-            arena,
-            placed.offset,
-            placed.panel_stride,
-        )
+def _packed(model: _native.Model, layout: Layout, weights: Weights, cache_dir: str | None) -> Arena:
+    """The arena of `layout`, from the cache if there is one."""
+
+    def pack(arena: Arena) -> None:
+        for placed in layout.matrices:
+            tensor = weights[placed.slot]
+            model.pack_matrix(
+                placed.packed,
+                placed.outputs,
+                placed.inputs,
+                tensor.format.name,
+                np.ascontiguousarray(tensor.data),
+                arena,
+                placed.offset,
+                placed.panel_stride,
+            )
+
+    if cache_dir is not None:
+        return cached_arena(Path(cache_dir), layout, weights, pack)
+    arena = anonymous_arena(layout.nbytes)
+    pack(arena)
     return arena
-
-
-def _anonymous(nbytes: int) -> Arena:
-    """Page-aligned zeros on huge pages where the kernel has them: weights are read end to end every step."""
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
 
 
 def _config(spec: DecoderSpec) -> dict[str, object]:

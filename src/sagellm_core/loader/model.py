@@ -26,7 +26,12 @@ _GGUF_SUFFIX = ".gguf"
 
 
 class LazyWeights(Mapping[str, "Tensor"]):
-    """Slot -> tensor. Names and shapes are checked when it is made, bytes are viewed when a slot is asked for."""
+    """Slot -> tensor. Names and shapes are checked when it is made, bytes are viewed when a slot is asked for.
+
+    `identity` names the files and their state (path, size, time of change); empty where there are none.
+    """
+
+    identity: str = ""
 
     def __init__(
         self,
@@ -127,6 +132,7 @@ def _open_gguf(path: Path, context_length: int | None) -> ModelFiles:
     spec = family.gguf_spec(meta)
     check_spec(spec)
     weights = LazyWeights(family.gguf_slots(spec), spec.slots(), stored, header.tensor)
+    weights.identity = _identity([path])
     formats = {name: (info.format, info.nbytes) for name, info in header.tensors.items()}
     return ModelFiles(path, spec, weights, _main_format(formats), header.file_bytes, header.metadata)
 
@@ -143,8 +149,15 @@ def _open_hf(directory: Path, path: Path, context_length: int | None) -> ModelFi
     check_spec(spec)
     stored = {name: info.shape for name, info in files.tensors.items()}
     weights = LazyWeights(family.hf_slots(spec, files.tensors.keys()), spec.slots(), stored, files.tensor)
+    weights.identity = _identity([path] if path.is_file() else sorted(path.glob("*.safetensors")))
     formats = {name: (info.format, info.nbytes) for name, info in files.tensors.items()}
     return ModelFiles(path, spec, weights, _main_format(formats), files.file_bytes, values)
+
+
+def _identity(files: list[Path]) -> str:
+    """Which files these are, as a backend's cache of converted weights tells them apart."""
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    return "\n".join(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}\t{stat.st_ino}" for name, stat in stats)
 
 
 def _main_format(tensors: Mapping[str, tuple[str, int]]) -> str:
