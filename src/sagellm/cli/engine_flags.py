@@ -109,6 +109,15 @@ DraftModel = Annotated[
         "--draft-model", help="Smaller model of the same vocabulary, for --spec draft.", rich_help_panel=_SPEC
     ),
 ]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="NAME=PATH",
+        help="LoRA adapter (a PEFT directory), served under NAME; repeatable. Needs --backend reference for now.",
+        rich_help_panel=_DEVICE,
+    ),
+]
 Mock = Annotated[
     bool,
     typer.Option(
@@ -163,6 +172,7 @@ def engine_changes(
     draft_model: str | None = None,
     mock_scale: float | None = None,
     script: Path | None = None,
+    lora: list[str] | None = None,
 ) -> dict[str, Any]:
     """Return the flags that were given as changes to an `EngineConfig`, group by group.
 
@@ -194,7 +204,16 @@ def engine_changes(
     changes: dict[str, Any] = dict(groups)
     if backend is not None:
         changes["backend"] = backend
+    if lora:
+        changes["adapters"] = dict(_adapter(text) for text in lora)
     return changes
+
+
+def _adapter(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise InvalidArgumentError(f"--lora {text!r}: write NAME=PATH, such as sql=./my-adapter", param="lora")
+    return name, str(Path(path).expanduser().resolve())
 
 
 def ensure_model(model: str) -> None:

@@ -19,9 +19,7 @@ def exit_status(code: object) -> int:
         return 0
     if isinstance(code, int):
         return code
-    text = str(code)
-    sys.stderr.write(text if text.startswith("error") else f"error: {text}")
-    sys.stderr.write("\n")
+    _write(str(code).removeprefix("error: "))
     return 1
 
 
@@ -34,8 +32,16 @@ def reader_went_away() -> int:
 
 def report(error: BaseException) -> int:
     """Write the error's line and return the exit status."""
-    sys.stderr.write(f"error: {describe(error)}\n")
+    _write(describe(error))
     return 1
+
+
+def _write(message: str) -> None:
+    from sagellm.catalogue import find
+
+    sys.stderr.write(f"error: {message}\n")
+    if (entry := find(message)) is not None:
+        sys.stderr.write(f"       more: sage-llm explain {entry.code}\n")
 
 
 def describe(error: BaseException) -> str:

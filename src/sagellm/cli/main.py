@@ -45,6 +45,9 @@ COMMANDS: dict[str, Command] = {
     "keys": Command("sagellm.cli.keys", "API keys: add, list, revoke", _OPERATE),
     "bench": Command("sagellm.cli.bench", "Measure a server, an engine or its quality, compare two runs", _OPERATE),
     "demo": Command("sagellm.cli.demo", "Measure this machine by a year's workload and judge the numbers", _OPERATE),
+    "simulate": Command(
+        "sagellm_control_plane.sim.command", "Run a trace through the policies, simulated", _OPERATE, "main"
+    ),
     "info": Command("sagellm.cli.info", "Show this installation and machine", _OPERATE),
     "doctor": Command(
         "sagellm.cli.doctor", "Check the installation and the machine, with the cure of what is wrong", _OPERATE
@@ -55,6 +58,8 @@ COMMANDS: dict[str, Command] = {
     "config": Command("sagellm.cli.config", "Show settings and where they come from", _OPERATE),
     "migrate": Command("sagellm.migrate.cli", "Rewrite a code base from the old names to the new", _OPERATE, "migrate"),
     "arch": Command("sagellm.migrate.cli", "Check a code base against the architecture's rules", _OPERATE, "arch"),
+    "launch": Command("sagellm.cli.launch", "Set llm, aider, codex, opencode or openwebui up for our server", _OPERATE),
+    "explain": Command("sagellm.cli.explain", "Say what an error means and what cures it", _OPERATE),
     "completion": Command("sagellm.cli.completion", "Print the completion script of bash, zsh or fish", _OPERATE),
     "version": Command("sagellm.cli.version", "Print the version", _OPERATE),
 }

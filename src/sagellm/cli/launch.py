@@ -1,0 +1,165 @@
+"""``sage-llm launch``: set another program up for our server. Shows the change, asks, keeps a backup."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sagellm.cli.common import single
+from sagellm_protocol.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A program: where its configuration is, how it is changed, how it is started afterwards."""
+
+    path: Callable[[], Path]
+    change: Callable[[str, str, str], str]
+    start: str
+
+
+def launch(
+    program: Annotated[str, typer.Argument(help="llm, aider, codex, opencode or openwebui.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="The model that it is to use.")] = "smollm2:135m",
+    url: Annotated[str, typer.Option("--url", help="Our server.")] = "http://127.0.0.1:8889/v1",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the change and stop.")] = False,
+) -> None:
+    """Write that program's configuration for our server."""
+    target = TARGETS.get(program)
+    if target is None:
+        raise InvalidArgumentError(f"cannot set up {program!r}: use one of {', '.join(TARGETS)}", param="program")
+    path = target.path()
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    after = target.change(before, model, url)
+    if before == after:
+        print(f"{path} has it already. Start with: {target.start.format(model=model)}")
+        return
+    sys.stdout.writelines(
+        difflib.unified_diff(before.splitlines(True), after.splitlines(True), str(path), f"{path} (new)")
+    )
+    if dry_run:
+        return
+    if not yes:
+        typer.confirm(f"Write {path}?", abort=True)
+    _write(path, before, after)
+    print(f"Start with: {target.start.format(model=model)}")
+
+
+def _write(path: Path, before: str, after: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if before:
+        backup = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.bak")
+        backup.write_text(before, encoding="utf-8")
+        print(f"the old one is in {backup}")
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(after, encoding="utf-8")
+    fresh.replace(path)
+
+
+def _config_home() -> Path:
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+
+
+def _json(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text) if text.strip() else {}
+    except ValueError as error:
+        raise InvalidArgumentError(f"{where} is not JSON ({error}): mend it first") from error
+    if not isinstance(value, dict):
+        raise InvalidArgumentError(f"{where} is no JSON object: mend it first")
+    return value
+
+
+def _opencode(before: str, model: str, url: str) -> str:
+    document = _json(before, "opencode.json")
+    document.setdefault("$schema", "https://opencode.ai/config.json")
+    providers = document.setdefault("provider", {})
+    providers["isagellm"] = {
+        "npm": "@ai-sdk/openai-compatible",
+        "name": "isagellm",
+        "options": {"baseURL": url},
+        "models": {model: {"name": model}},
+    }
+    document["model"] = f"isagellm/{model}"
+    return json.dumps(document, indent=2) + "\n"
+
+
+def _llm(before: str, model: str, url: str) -> str:
+    """`llm` reads extra-openai-models.yaml: a list of mappings; ours is one block between two marks."""
+    return _marked(
+        before, f"- model_id: {json.dumps(model)}\n  model_name: {json.dumps(model)}\n  api_base: {json.dumps(url)}\n"
+    )
+
+
+def _aider(before: str, model: str, url: str) -> str:
+    return _marked(
+        before, f"model: {json.dumps('openai/' + model)}\nopenai-api-base: {json.dumps(url)}\nopenai-api-key: none\n"
+    )
+
+
+def _codex(before: str, model: str, url: str) -> str:
+    """In TOML a table ends at the next one: top-level keys go first, our table last."""
+    top = f'model = {json.dumps(model)}\nmodel_provider = "isagellm"\n'
+    rest = "".join(
+        line
+        for line in _unmarked(before).splitlines(True)
+        if line.split("=")[0].strip() not in {"model", "model_provider"} or "." in line.split("=")[0]
+    )
+    table = f'[model_providers.isagellm]\nname = "isagellm"\nbase_url = {json.dumps(url)}\nwire_api = "responses"\n'
+    return f"{_BEGIN}\n{top}{_END}\n{rest.rstrip()}\n\n{_BEGIN}\n{table}{_END}\n".replace("\n\n\n", "\n\n")
+
+
+def _openwebui(before: str, model: str, url: str) -> str:
+    return _marked(before, f"OPENAI_API_BASE_URL={url}\nOPENAI_API_KEY=none\nDEFAULT_MODELS={model}\n")
+
+
+_BEGIN, _END = "# begin isagellm", "# end isagellm"
+
+
+def _unmarked(text: str) -> str:
+    out, ours = [], False
+    for line in text.splitlines(True):
+        if line.strip() == _BEGIN:
+            ours = True
+        if not ours:
+            out.append(line)
+        if line.strip() == _END:
+            ours = False
+    return "".join(out)
+
+
+def _marked(before: str, block: str) -> str:
+    rest = _unmarked(before).rstrip()
+    return (rest + "\n" if rest else "") + f"{_BEGIN}\n{block}{_END}\n"
+
+
+TARGETS: dict[str, Target] = {
+    "llm": Target(
+        lambda: (
+            Path(os.environ.get("LLM_USER_PATH") or _config_home() / "io.datasette.llm") / "extra-openai-models.yaml"
+        ),
+        _llm,
+        "llm -m {model} 'Hello'",
+    ),
+    "aider": Target(lambda: Path.home() / ".aider.conf.yml", _aider, "aider"),
+    "codex": Target(
+        lambda: Path(os.environ.get("CODEX_HOME") or Path.home() / ".codex") / "config.toml", _codex, "codex"
+    ),
+    "opencode": Target(lambda: _config_home() / "opencode" / "opencode.json", _opencode, "opencode"),
+    "openwebui": Target(
+        lambda: _config_home() / "isagellm" / "openwebui.env", _openwebui, "set -a; . the file above; open-webui serve"
+    ),
+}
+
+
+app = single(launch)
