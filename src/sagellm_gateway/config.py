@@ -84,7 +84,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
         state_path: SQLite file for keys, sessions, stored responses, files and batches; None keeps them in memory.
         require_key: demand an API key on every route but /live, /health and /ready. None: when the key store holds any.
         access_log: write one line a request to the logger ``sagellm_gateway.access``.
-        log_prompts: let log lines hold prompt text.
+        tracing: make OpenTelemetry spans (extra ``otel``).
         limits: bounds.
         timeouts: seconds.
         origins: names and web origins.
@@ -98,7 +98,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     state_path: str | None = None
     require_key: bool | None = None
     access_log: bool = True
-    log_prompts: bool = False
+    tracing: bool = False
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
     origins: Origins = Origins()

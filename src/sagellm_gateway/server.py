@@ -53,6 +53,10 @@ def create_app(
     app.router.default = Auth(Router(gateway, ROUTES, aliased=ALIASED), gateway)
     app.router.redirect_slashes = False
     app.add_middleware(OriginGuard, origins=gateway.config.origins)
+    if gateway.config.tracing:
+        from sagellm_gateway.middleware.tracing import Tracing
+
+        app.add_middleware(Tracing)
     app.add_middleware(Edge, gateway=gateway, observers=(gateway.metrics.observe,))
     return app
 

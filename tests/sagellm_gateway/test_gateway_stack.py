@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import httpx2
+import pytest
 
 from sagellm_gateway.testing import Running
 
@@ -79,8 +80,9 @@ def test_management_shows_and_changes(stack_http: httpx2.Client) -> None:
     assert stack_http.get("/api/v1/management/engines").status_code == 200
 
 
-def test_disconnects_leave_nothing(stack_server: tuple[Any, Running]) -> None:
-    """200 clients that hang up at random moments, streaming or not, leave no request and no block behind."""
+@pytest.mark.parametrize("clients", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_disconnects_leave_nothing(stack_server: tuple[Any, Running], clients: int) -> None:
+    """Clients that hang up at random moments (queued, prefill, decode), streaming or not, leave no request and no block."""
     stack, server = stack_server
 
     async def one(k: int) -> None:
@@ -92,7 +94,8 @@ def test_disconnects_leave_nothing(stack_server: tuple[Any, Running]) -> None:
         writer.transport.abort()
 
     async def all_of_them() -> None:
-        await asyncio.gather(*(one(k) for k in range(200)))
+        for start in range(0, clients, 200):
+            await asyncio.gather(*(one(k) for k in range(start, start + 200)))
         for _ in range(500):
             status = await stack.engine.status()
             if not (status.running or status.waiting) and not stack.manager.get_status()["active_requests"]:

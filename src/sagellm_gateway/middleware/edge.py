@@ -46,7 +46,7 @@ class Edge:
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status = scope["sagellm.status"] = message["status"]
                 message["headers"] = [*message.get("headers", ()), *fixed]
             await send(message)
 
@@ -91,7 +91,7 @@ def _refuse(scope: Scope, sent_id: bytes | None, gateway: Gateway) -> HttpError 
     size = (
         sum(len(name) + len(value) + 4 for name, value in headers)
         + len(scope.get("raw_path") or b"")
-        + len(scope["query_string"])
+        + len(scope.get("query_string") or b"")
     )
     if size > limits.header_bytes:
         return HttpError(431, f"{size} bytes of headers, the most is {limits.header_bytes}", code="headers_too_large")

@@ -26,6 +26,7 @@ async def model_entries(call: Call) -> list[dict[str, Any]]:
             "owned_by": "isagellm",
             "kind": getattr(m, "kind", "llm"),
             "context_length": getattr(m, "context_length", None),
+            **({"parent": m.parent} if getattr(m, "parent", "") else {}),
         }
         for m in found
     ]

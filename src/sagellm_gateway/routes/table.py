@@ -13,6 +13,7 @@ from sagellm_gateway.dialects import openai_chat, openai_completions, openai_res
 from sagellm_gateway.dialects import vectors as vector_types
 from sagellm_gateway.errors import Shape, anthropic_body, bare_body, ollama_body, openai_body
 from sagellm_gateway.routes import (
+    adapters,
     anthropic,
     docs,
     files,
@@ -178,6 +179,8 @@ ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("POST", "/tokenize", tokens.tokenize, body=tokens.TokenizeBody),
     RouteSpec("POST", "/detokenize", tokens.detokenize, body=tokens.DetokenizeBody),
     RouteSpec("GET", "/tokenizer_info", tokens.tokenizer_info, query={"model": STRING}),
+    RouteSpec("POST", "/v1/load_lora_adapter", adapters.load_adapter, "admin", body=adapters.LoadAdapterBody),
+    RouteSpec("POST", "/v1/unload_lora_adapter", adapters.unload_adapter, "admin", body=adapters.UnloadAdapterBody),
     RouteSpec("GET", "/v1/management/engines", management.engines, "admin", query={"state": STRING}),
     RouteSpec(
         "POST", "/v1/management/engines", management.start_engine, "admin", body=management.StartBody, status=201
