@@ -34,7 +34,7 @@ from sagellm_protocol.errors import (
     UnavailableError,
 )
 from sagellm_protocol.generation import FinishReason, TokenLogprob
-from sagellm_protocol.prefix import BlockEvent, root_hash
+from sagellm_protocol.prefix import BlockEvent, BlockSnapshot, root_hash
 
 __all__ = ["Engine", "EngineSettings"]
 
@@ -243,6 +243,10 @@ class Engine:
     def block_events(self, after: int) -> list[BlockEvent]:
         """Return the changes of the prefix cache numbered above `after`."""
         return self._kv.events_after(after)
+
+    def block_snapshot(self) -> BlockSnapshot:
+        """Return all that the prefix cache holds."""
+        return self._kv.snapshot()
 
     def clear_cache(self) -> int:
         """Drop all cached blocks; return how many."""

@@ -15,7 +15,7 @@ import msgspec
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, Histogram, TokenDelta
 from sagellm_protocol.errors import SageError, UnavailableError
 from sagellm_protocol.ports import EngineClient
-from sagellm_protocol.prefix import BlockEvent
+from sagellm_protocol.prefix import BlockEvent, BlockSnapshot
 
 __all__ = ["KeepAliveEngine"]
 
@@ -64,6 +64,7 @@ class KeepAliveEngine:
         self._adapters: dict[str, str] = {}
         own = {
             "block_events": self._block_events,
+            "block_snapshot": self._block_snapshot,
             "load_adapter": self._load_adapter,
             "unload_adapter": self._unload_adapter,
         }
@@ -130,6 +131,14 @@ class KeepAliveEngine:
             return events
         later: list[BlockEvent] = await engine.block_events(max(0, after - offset))
         return events + [msgspec.structs.replace(event, seq=event.seq + offset) for event in later]
+
+    async def _block_snapshot(self) -> BlockSnapshot:
+        engine: Any = self._engine
+        if engine is None:
+            return BlockSnapshot(seq=self._events_before, names=())
+        offset = self._events_before
+        snapshot: BlockSnapshot = await engine.block_snapshot()
+        return BlockSnapshot(seq=snapshot.seq + offset, names=snapshot.names)
 
     async def close(self) -> None:
         """End the engine. Idempotent."""

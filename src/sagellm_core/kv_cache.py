@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from sagellm_core.request import SequenceState
-from sagellm_protocol.prefix import BlockEvent, block_hash
+from sagellm_protocol.prefix import BlockEvent, BlockSnapshot, block_hash
 
 __all__ = ["BlockCopier", "KVCache", "KVCounters", "Match", "SpillTier"]
 
@@ -298,6 +298,12 @@ class KVCache:
         return dropped
 
     # ---------------------------------------------------------------- events
+
+    def snapshot(self) -> BlockSnapshot:
+        """Return the names of all blocks that can be found: cached ones, the next to be evicted first, then used ones."""
+        cached = [block.name for block in self._cached if block.name is not None]
+        used = [name for name, block in self._by_name.items() if block.refs]
+        return BlockSnapshot(seq=self._event_seq, names=(*cached, *used))
 
     def events_after(self, seq: int) -> list[BlockEvent]:
         """Return the events numbered above `seq`; a gap at the front means that older ones are gone."""

@@ -21,7 +21,7 @@ from sagellm_protocol.embedding import EmbedRequest, EmbedResult
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
 from sagellm_protocol.errors import EngineDiedError, ErrorCode, SageError, UnavailableError
 from sagellm_protocol.handover import KVExportRequest, KVImported, KVTicket
-from sagellm_protocol.prefix import BlockEvent
+from sagellm_protocol.prefix import BlockEvent, BlockSnapshot
 
 __all__ = ["LocalEngine"]
 
@@ -198,6 +198,10 @@ class LocalEngine:
     async def block_events(self, after: int) -> list[BlockEvent]:
         """Return the changes of the prefix cache numbered above `after`."""
         return await self._call(lambda: self._engine.block_events(after))
+
+    async def block_snapshot(self) -> BlockSnapshot:
+        """Return all that the prefix cache holds."""
+        return await self._call(self._engine.block_snapshot)
 
     async def export_kv(self, request: KVExportRequest) -> KVTicket:
         """Write the cached blocks of a prompt's beginning to shared memory (see `sagellm_core.handover`).

@@ -98,6 +98,7 @@ class EngineServer:
         }
         optional: dict[str, Callable[[Any, Any], Any]] = {
             "block_events": lambda method, params: method(params.after),
+            "block_snapshot": lambda method, _: method(),
             "discard_kv": lambda method, params: method(params.name),
             "embed": lambda method, params: method(params),
             "export_kv": lambda method, params: method(params),

@@ -9,8 +9,10 @@ from sagellm_protocol.embedding import EmbeddingRequest, EmbedRequest, EmbedResu
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
 from sagellm_protocol.generation import ChoiceDelta, GenerationRequest
 from sagellm_protocol.handover import KVExportRequest, KVImported, KVTicket
+from sagellm_protocol.prefix import BlockEvent, BlockSnapshot
 
 __all__ = [
+    "BlockEventClient",
     "ChatModel",
     "EmbeddingClient",
     "EmbeddingModel",
@@ -150,6 +152,19 @@ class EmbeddingClient(Protocol):
             DeadlineExceededError: the request's own deadline passed.
             EngineDiedError: the engine ended or the connection broke.
         """
+        ...
+
+
+@runtime_checkable
+class BlockEventClient(Protocol):
+    """What an `EngineClient` that tells what its prefix cache holds offers besides its other methods."""
+
+    async def block_events(self, after: int) -> Sequence[BlockEvent]:
+        """Return the changes numbered above `after`; if the first is not ``after + 1``, older ones are gone."""
+        ...
+
+    async def block_snapshot(self) -> BlockSnapshot:
+        """Return all that the cache holds, and the number of the last change."""
         ...
 
 

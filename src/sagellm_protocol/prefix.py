@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["BlockEvent", "block_hash", "block_hashes", "root_hash"]
+__all__ = ["BlockEvent", "BlockSnapshot", "block_hash", "block_hashes", "root_hash"]
 
 HASH_BYTES = 16
 
@@ -32,6 +32,13 @@ class BlockEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     kind: Literal["stored", "removed", "cleared"]
     block_hash: bytes = b""
     parent_hash: bytes = b""
+
+
+class BlockSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """All named blocks of an engine, least recently used first, as they are after event number `seq`."""
+
+    seq: int
+    names: tuple[bytes, ...]
 
 
 def root_hash(adapter: str | None, salt: str) -> bytes:

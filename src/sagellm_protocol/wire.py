@@ -20,7 +20,7 @@ from sagellm_protocol.embedding import EmbedRequest, EmbedResult
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
 from sagellm_protocol.errors import Error, InvalidArgumentError, UnsupportedError
 from sagellm_protocol.handover import KVExportRequest, KVImported, KVTicket
-from sagellm_protocol.prefix import BlockEvent
+from sagellm_protocol.prefix import BlockEvent, BlockSnapshot
 
 __all__ = [
     "HELLO_BYTES",
@@ -207,6 +207,7 @@ METHODS: dict[str, Method] = {
     "abort": Method(AbortParams, bool),
     "drain": Method(DrainParams, None),
     "block_events": Method(BlockEventsParams, tuple[BlockEvent, ...]),
+    "block_snapshot": Method(NoParams, BlockSnapshot),
     "embed": Method(EmbedRequest, EmbedResult),
     "load_adapter": Method(LoadAdapterParams, None),
     "unload_adapter": Method(UnloadAdapterParams, None),

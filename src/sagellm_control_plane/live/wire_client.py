@@ -24,7 +24,7 @@ from sagellm_protocol.errors import (
     UnsupportedError,
 )
 from sagellm_protocol.handover import KVExportRequest, KVImported, KVTicket
-from sagellm_protocol.prefix import BlockEvent
+from sagellm_protocol.prefix import BlockEvent, BlockSnapshot
 
 __all__ = ["WireEngineClient", "WireTimeouts"]
 
@@ -144,6 +144,11 @@ class WireEngineClient:
                     return
         finally:
             connection.release(stream)
+
+    async def block_snapshot(self) -> BlockSnapshot:
+        """Return all that the engine's prefix cache holds."""
+        snapshot: BlockSnapshot = await self._call("block_snapshot", wire.NoParams(), self._timeouts.call)
+        return snapshot
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
         """Compute vectors; cancelling the task tells the engine to stop.
