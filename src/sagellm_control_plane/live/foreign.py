@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import array
 from collections.abc import AsyncGenerator, Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import msgspec
 
 from sagellm_control_plane.live.foreign_text import ForeignChatModel
 from sagellm_control_plane.live.foreign_wire import Flavour, StreamReader, error_of_status, parse_load, request_body
+from sagellm_control_plane.live.http1 import Http1Client, HttpBrokenError, HttpRefusedError, Reply
 from sagellm_protocol.embedding import EmbedRequest, EmbedResult
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
 from sagellm_protocol.errors import EngineDiedError, InvalidArgumentError, UnavailableError, UnsupportedError
 from sagellm_protocol.ports import ChatModel, EngineClient
-
-if TYPE_CHECKING:
-    import httpx2
 
 __all__ = ["ForeignEngineClient", "foreign_engine"]
 
@@ -55,11 +53,16 @@ class ForeignEngineClient:
         self._base_url = base_url.rstrip("/")
         self._model = model
         self._flavour = flavour
-        self._api_key = api_key
-        self._connect_s = connect_s
         self._slots = slots
         self._kind = kind
-        self._http: httpx2.AsyncClient | None = None
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        # The server's root: its metrics are not under /v1.
+        root, _slash, self._prefix = self._base_url.rpartition("/v1")
+        if root:
+            self._prefix = "/v1" + self._prefix
+        else:
+            root, self._prefix = self._base_url, ""
+        self._http = Http1Client(root, headers, connect_s=connect_s)
         self._running = 0
         self._received = 0
         self._has_metrics = True
@@ -69,26 +72,12 @@ class ForeignEngineClient:
         """The engine's name here."""
         return self._engine_id
 
-    def _client(self) -> httpx2.AsyncClient:
-        if self._http is None:
-            import httpx2
-
-            headers = {"authorization": f"Bearer {self._api_key}"} if self._api_key else {}
-            self._http = httpx2.AsyncClient(
-                headers=headers,
-                timeout=httpx2.Timeout(None, connect=self._connect_s, pool=self._connect_s),
-                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
-                trust_env=False,
-            )
-        return self._http
-
-    async def _get(self, url: str) -> httpx2.Response:
-        import httpx2
-
+    async def _get(self, path: str) -> tuple[int, bytes]:
         try:
-            return await self._client().get(url)
-        except httpx2.TransportError as error:
-            raise UnavailableError(f"engine {self._engine_id} cannot be reached: {type(error).__name__}") from error
+            reply = await self._http.request("GET", path)
+            return reply.status, await reply.read()
+        except (HttpRefusedError, HttpBrokenError) as error:
+            raise UnavailableError(f"engine {self._engine_id} cannot be reached: {error}") from error
 
     async def describe(self) -> EngineDescription:
         """Ask which models it serves; ours must be among them.
@@ -96,11 +85,11 @@ class ForeignEngineClient:
         Raises:
             UnavailableError: it does not answer, or not with a list of models.
         """
-        reply = await self._get(f"{self._base_url}/models")
-        if reply.status_code != 200:
-            raise UnavailableError(f"engine {self._engine_id} answers /models with {reply.status_code}")
+        status, body = await self._get(f"{self._prefix}/models")
+        if status != 200:
+            raise UnavailableError(f"engine {self._engine_id} answers /models with {status}")
         try:
-            rows = msgspec.json.decode(reply.content)["data"]
+            rows = msgspec.json.decode(body)["data"]
             row = next((r for r in rows if r["id"] == self._model), None)
             served = ", ".join(str(r["id"]) for r in rows[:8])
         except (msgspec.DecodeError, KeyError, TypeError) as error:
@@ -129,17 +118,16 @@ class ForeignEngineClient:
         Raises:
             UnavailableError: it does not answer.
         """
-        root = self._base_url.removesuffix("/v1")
         load: dict[str, float] = {}
         if self._has_metrics:
-            reply = await self._get(f"{root}/metrics")
-            load = parse_load(reply.text) if reply.status_code == 200 else {}
+            status, page = await self._get("/metrics")
+            load = parse_load(page.decode("utf-8", "replace")) if status == 200 else {}
             # A server without the page, or with another one, is not asked again.
             self._has_metrics = bool(load)
         if not load:
-            reply = await self._get(f"{self._base_url}/models")
-            if reply.status_code >= 500:
-                raise UnavailableError(f"engine {self._engine_id} answers /models with {reply.status_code}")
+            status, _body = await self._get(f"{self._prefix}/models")
+            if status >= 500:
+                raise UnavailableError(f"engine {self._engine_id} answers /models with {status}")
         usage = load.get("kv_usage")
         return EngineStatus(
             engine_id=self._engine_id,
@@ -153,37 +141,35 @@ class ForeignEngineClient:
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
         """Run one sequence; closing the generator closes the connection, at which such servers abort."""
-        import httpx2
-
         path, body = request_body(request, self._model, self._flavour)
         reader = StreamReader(request.request_id, chat=path == "/chat/completions")
         self._running += 1
+        reply: Reply | None = None
         try:
-            async with self._client().stream("POST", self._base_url + path, json=body) as reply:
-                if reply.status_code != 200:
-                    raise error_of_status(reply.status_code, await reply.aread(), reply.headers)
-                async for line in reply.aiter_lines():
-                    delta = reader.line(line)
-                    if delta is not None:
-                        self._received += 1
-                        yield delta
-                    if reader.done:
-                        return
+            reply = await self._http.request("POST", self._prefix + path, msgspec.json.encode(body))
+            if reply.status != 200:
+                raise error_of_status(reply.status, await reply.read(), reply.headers)
+            async for line in reply.lines():
+                delta = reader.line(line)
+                if delta is not None:
+                    self._received += 1
+                    yield delta
             last = reader.end()
-            if last is None:
+            if last is not None:
+                yield last
+            elif not reader.done:
                 raise EngineDiedError(f"engine {self._engine_id} ended the stream before it was finished")
-            yield last
-        except httpx2.ConnectError as error:
+        except HttpRefusedError as error:
             raise UnavailableError(f"engine {self._engine_id} refuses connections") from error
-        except httpx2.TransportError as error:
-            raise EngineDiedError(f"engine {self._engine_id} broke the stream: {type(error).__name__}") from error
+        except HttpBrokenError as error:
+            raise EngineDiedError(f"engine {self._engine_id} broke the stream: {error}") from error
         finally:
             self._running -= 1
+            if reply is not None:
+                reply.close()
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
         """Embed texts."""
-        import httpx2
-
         if request.task != "embed" or not request.texts:
             raise UnsupportedError("an engine over HTTP embeds texts only", param="task")
         if request.pooling != "model" or request.normalize is not None:
@@ -192,13 +178,14 @@ class ForeignEngineClient:
         if request.dimensions is not None:
             body["dimensions"] = request.dimensions
         try:
-            reply = await self._client().post(f"{self._base_url}/embeddings", json=body)
-        except httpx2.TransportError as error:
-            raise EngineDiedError(f"engine {self._engine_id} broke the request: {type(error).__name__}") from error
-        if reply.status_code != 200:
-            raise error_of_status(reply.status_code, reply.content, reply.headers)
+            reply = await self._http.request("POST", f"{self._prefix}/embeddings", msgspec.json.encode(body))
+            content = await reply.read()
+        except (HttpRefusedError, HttpBrokenError) as error:
+            raise EngineDiedError(f"engine {self._engine_id} broke the request: {error}") from error
+        if reply.status != 200:
+            raise error_of_status(reply.status, content, reply.headers)
         try:
-            answer = msgspec.json.decode(reply.content, type=_Embeddings)
+            answer = msgspec.json.decode(content, type=_Embeddings)
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
             raise UnavailableError(f"engine {self._engine_id} answers /embeddings with something else") from error
         vectors = [row.embedding for row in sorted(answer.data, key=lambda row: row.index)]
@@ -218,9 +205,7 @@ class ForeignEngineClient:
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._http is not None:
-            await self._http.aclose()
-            self._http = None
+        await self._http.close()
 
 
 class _Row(msgspec.Struct):

@@ -165,16 +165,16 @@ class StreamReader:
         self._usage: Usage | None = None
         self.done = False
 
-    def line(self, line: str) -> TokenDelta | None:
+    def line(self, line: bytes) -> TokenDelta | None:
         """Take in one line; return what the sequence gained.
 
         Raises:
             SageError: the server reports an error in the stream, or something that is no event of this format.
         """
-        if not line.startswith("data:"):
+        if not line.startswith(b"data:"):
             return None
         data = line[5:].strip()
-        if data == "[DONE]":
+        if data == b"[DONE]":
             return self.end()
         try:
             event = msgspec.json.decode(data)
