@@ -81,6 +81,7 @@ SETTINGS: dict[str, Setting] = {
         Setting("no_prefix_cache", bool, False, "forget the KV of ended requests at once"),
         Setting("spec", str, None, "guess tokens ahead: none, ngram, draft"),
         Setting("draft_model", str, None, "smaller model of the same vocabulary"),
+        Setting("lora", list, [], "LoRA adapters, NAME=PATH each"),
         Setting("mock", bool, False, "simulate the device"),
         Setting("mock_scale", float, None, "multiply the simulated times"),
         Setting("script", str, None, "scripted replies of the simulated device"),

@@ -15,6 +15,8 @@ from sagellm_control_plane.config import CoreConfig
 from sagellm_control_plane.decision_log import DecisionLog
 from sagellm_control_plane.events import PolicyChanged
 from sagellm_control_plane.live import observe
+from sagellm_control_plane.live.adapters import AdapterInfo, Adapters
+from sagellm_control_plane.live.block_feed import BlockFeed
 from sagellm_control_plane.live.dispatcher import Dispatcher
 from sagellm_control_plane.live.engines import Engines
 from sagellm_control_plane.live.foreign import foreign_engine
@@ -115,6 +117,7 @@ class ControlPlaneManager:
         self._dispatcher = Dispatcher(self._state, log=log)
         self._prober = Prober(self._dispatcher, core.health, time.time)
         self._dispatcher.on_probe = self._prober.soon
+        self._block_feed = BlockFeed(self._dispatcher)
         self._engines = Engines(
             self._dispatcher,
             self._prober,
@@ -124,6 +127,8 @@ class ControlPlaneManager:
             restart=restart_policy or RestartPolicy(enabled=auto_restart, max_attempts=max_restart_attempts),
             store=store,
         )
+        self._adapters = Adapters(self._dispatcher.registry, self._engines.serves)
+        self._engines.prepare = self._adapters.prepare
         if enable_auto_scaling and (driver is None or catalog is None):
             raise InvalidArgumentError(
                 "enable_auto_scaling needs a lifecycle driver and a model catalogue to act through",
@@ -154,6 +159,7 @@ class ControlPlaneManager:
             self._stopping = False
             await self._engines.recover()
             self._prober.start()
+            self._block_feed.start()
             if self._scaling is not None:
                 self._scaling.start()
 
@@ -170,6 +176,7 @@ class ControlPlaneManager:
         await self._v01.close()
         if self._scaling is not None:
             await self._scaling.stop()
+        await self._block_feed.stop()
         await self._prober.stop()
         await self._engines.close()
         self._started_at = None
@@ -302,11 +309,32 @@ class ControlPlaneManager:
         Raises:
             ModelNotFoundError: no engine serves it.
         """
-        return self._engines.chat_model(model_id)
+        return self._engines.chat_model(self._adapters.base_of(model_id))
 
     def list_models(self) -> list[observe.ModelInfo]:
         """Return the served models."""
-        return observe.models(self._dispatcher, self._engines)
+        served = observe.models(self._dispatcher, self._engines)
+        return [*served, *observe.adapters(served, self._adapters.names())]
+
+    async def load_adapter(self, name: str, path: str, model: str | None = None) -> AdapterInfo:
+        """Load a LoRA adapter (a PEFT directory) on all engines of a model; its name then answers like a model's.
+
+        Raises:
+            InvalidArgumentError: the name is taken, or `model` is needed to tell several apart.
+            ModelNotFoundError: no engine serves the model.
+            UnsupportedError: an engine of the model takes no adapters.
+            SageError: what an engine says against it.
+        """
+        return await self._adapters.load(name, path, model)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            ModelNotFoundError: there is none of that name.
+            InvalidArgumentError: requests use it.
+        """
+        await self._adapters.unload(name)
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -316,7 +344,7 @@ class ControlPlaneManager:
         Raises:
             SageError: before the first event where possible.
         """
-        await self._ensure(request.model)
+        await self._ensure(self._adapters.base_of(request.model))
         entry = self._open(request)
         generation = entry.generation
         assert generation is not None
@@ -337,6 +365,7 @@ class ControlPlaneManager:
 
     def _open(self, request: GenerationRequest) -> RequestEntry:
         self._refuse_when_stopping()
+        request = self._adapters.applied(request)
         entry = RequestEntry(Generation(self._dispatcher, self._engines.chat_model(request.model), request))
         self._requests.begin(request.request_id, entry)
         return entry
@@ -356,19 +385,19 @@ class ControlPlaneManager:
         Raises:
             InvalidArgumentError: the request itself is wrong.
         """
-        await self._ensure(request.model)
+        await self._ensure(self._adapters.base_of(request.model))
         return await self._v01.execute(request)
 
     async def stream_request(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
         """Run a v0.1 request and yield its events."""
-        await self._ensure(request.model)
+        await self._ensure(self._adapters.base_of(request.model))
         async with aclosing(self._v01.stream(request)) as events:
             async for event in events:
                 yield event
 
     async def submit_request(self, request: Request) -> str:
         """Run a v0.1 request in the background and return its id; the result can be asked for by it."""
-        await self._ensure(request.model)
+        await self._ensure(self._adapters.base_of(request.model))
         return self._v01.submit(request)
 
     async def embed(self, request: EmbeddingRequest) -> EmbedResult:
@@ -378,6 +407,7 @@ class ControlPlaneManager:
             ModelNotFoundError: no engine serves the model.
             UnsupportedError: it gives no vectors.
         """
+        request = self._adapters.applied(request)
         await self._ensure(request.model)
         return await self._embed(request.model, self._engines.embedding_model(request.model).prepare_embedding(request))
 
@@ -388,6 +418,7 @@ class ControlPlaneManager:
             ModelNotFoundError: no engine serves the model.
             UnsupportedError: it cannot score.
         """
+        request = self._adapters.applied(request)
         await self._ensure(request.model)
         return await self._embed(request.model, self._engines.embedding_model(request.model).prepare_score(request))
 

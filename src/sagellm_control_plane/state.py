@@ -216,6 +216,7 @@ class ControlState:
         engine.reported_waiting = status.waiting
         engine.blocks_used = status.blocks_used
         engine.blocks_cached = status.blocks_cached
+        engine.adapters = status.adapters
         idle_or_loading = status.running + status.waiting == 0 or status.phase != "ready"
         if status.steps != engine.reported_steps or idle_or_loading:
             engine.reported_steps = status.steps

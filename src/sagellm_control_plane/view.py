@@ -120,6 +120,7 @@ class EngineView:
     """One engine's load: exact counters kept by the ledger, and what it reported itself."""
 
     __slots__ = (
+        "adapters",
         "blocks_cached",
         "blocks_used",
         "breaker",
@@ -150,6 +151,7 @@ class EngineView:
         self.profile = profile
         self.engine_id = profile.engine_id
         self.model = profile.model
+        self.adapters = profile.adapters
         self.state = "STARTING"
         self.latency = LatencyModel(profile.prior or prior)
         self.breaker = breaker
@@ -255,7 +257,7 @@ class ClusterView:
             # All breakers open: trying a doubtful engine beats refusing (the panic mode of load balancers).
             usable = [e for e in ready if e.running < e.limit]
         if request.adapter:
-            usable = [e for e in usable if request.adapter in e.profile.adapters] or usable
+            usable = [e for e in usable if request.adapter in e.adapters] or usable
         if request.emitted:
             usable = [e for e in usable if e.profile.journal == request.journal != "none"]
         if request.avoid:

@@ -384,6 +384,10 @@ def build_encoder(config: EngineConfig) -> LocalEncoder:
     from sagellm_backend.base import LoadOptions
     from sagellm_core.loader.encoder import open_encoder
 
+    if config.adapters:
+        raise UnsupportedError(
+            f"{config.served_id} is an encoder and takes no LoRA adapters: serve it apart from them", param="adapters"
+        )
     files = open_encoder(config.model)
     backend, encoders = _backend(config)
     _check_memory(files.spec, backend, config)

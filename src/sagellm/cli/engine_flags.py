@@ -18,6 +18,7 @@ __all__ = [
     "DraftModel",
     "KvBytes",
     "KvDtype",
+    "Lora",
     "MaxBatchTokens",
     "Memory",
     "Mock",

@@ -62,6 +62,7 @@ def run(
     kv_dtype: flags.KvDtype = None,
     spec: flags.Spec = None,
     draft_model: flags.DraftModel = None,
+    lora: flags.Lora = None,
     mock_scale: flags.MockSpeed = None,
     script: flags.Script = None,
 ) -> None:
@@ -83,6 +84,7 @@ def run(
         kv_dtype=kv_dtype,
         spec=spec,
         draft_model=draft_model,
+        lora=lora,
         mock_scale=mock_scale,
         script=script,
     )

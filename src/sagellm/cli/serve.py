@@ -68,6 +68,7 @@ def serve(
     no_prefix_cache: flags.NoPrefixCache = False,
     spec: flags.Spec = None,
     draft_model: flags.DraftModel = None,
+    lora: flags.Lora = None,
     mock_scale: flags.MockSpeed = None,
     script: flags.Script = None,
 ) -> None:
@@ -134,6 +135,7 @@ def _changes(values: dict[str, Any], *, simulated: bool) -> dict[str, Any]:
         no_prefix_cache=values["no_prefix_cache"],
         spec=values["spec"],
         draft_model=values["draft_model"],
+        lora=values["lora"],
         mock_scale=values["mock_scale"],
         script=Path(values["script"]) if values["script"] else None,
     )

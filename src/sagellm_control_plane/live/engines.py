@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -66,6 +66,7 @@ class Engines:
         self._serial = 0
         self._recovered: dict[str, Engine] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self.prepare: Callable[[Engine, EngineClient], Awaitable[None]] = _nothing
         dispatcher.on_hung = self._on_hung
 
     # -- models ----------------------------------------------------------------------------------------------------
@@ -105,6 +106,10 @@ class Engines:
             known = ", ".join(sorted(self._chat_models)) or "none"
             raise ModelNotFoundError(f"model {model_id!r} is not served here: served are {known}", param="model")
         return model
+
+    def serves(self, model_id: str) -> bool:
+        """Whether some registered engine serves a model of that name."""
+        return model_id in self._chat_models
 
     def startable(self, model_id: str) -> bool:
         """Whether an engine for the model can be started from here."""
@@ -199,6 +204,7 @@ class Engines:
             await driver.stop_engine(engine_id, grace_s=0.0)
             raise
         if engine.info.state is not EngineState.READY:
+            await self.prepare(engine, client)
             self._ready(engine, client)
         self._book.note(engine.info, spec)
         return engine
@@ -275,6 +281,7 @@ class Engines:
         except SageError as error:
             self._dispatcher.engine_died(engine.info.engine_id, error.message, restarting=True)
             return
+        await self.prepare(engine, client)
         if self._registry.find(engine.info.engine_id) is engine:
             self._ready(engine, client)
 
@@ -365,6 +372,10 @@ class Engines:
             if engine.client is not None:
                 await engine.client.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def _nothing(engine: Engine, client: EngineClient) -> None:
+    """There is nothing to prepare."""
 
 
 def _same_start(one: EngineSpec | None, other: EngineSpec) -> bool:

@@ -18,7 +18,7 @@ from sagellm_control_plane.types import (
     SchedulingMetrics,
 )
 
-__all__ = ["ModelInfo", "cluster_status", "engine_info", "health", "models", "performance", "scheduling"]
+__all__ = ["ModelInfo", "adapters", "cluster_status", "engine_info", "health", "models", "performance", "scheduling"]
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +31,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         engines: how many engines serve it, in any state.
         ready: how many of them are READY.
         created: unix seconds of the first engine's registration.
+        parent: the model that it is an adapter of, or empty.
     """
 
     id: str
@@ -39,6 +40,17 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     engines: int
     ready: int
     created: float
+    parent: str = ""
+
+
+def adapters(served: list[ModelInfo], names: dict[str, str]) -> list[ModelInfo]:
+    """Return the adapters of served models as models of their own."""
+    by_id = {info.id: info for info in served}
+    return [
+        msgspec.structs.replace(by_id[model], id=name, parent=model)
+        for name, model in sorted(names.items())
+        if model in by_id
+    ]
 
 
 def models(dispatcher: Dispatcher, engines: Engines) -> list[ModelInfo]:
