@@ -136,6 +136,17 @@ async def test_an_engine_registered_by_address_becomes_ready_and_serves():
         )
 
 
+def test_the_same_under_uvloop():
+    """The HTTP client does not depend on which event loop runs it."""
+    uvloop = pytest.importorskip("uvloop")
+
+    async def main() -> None:
+        async with serving(Server(["one ", "two"])) as manager:
+            assert await text_of(manager, ask()) == "one two"
+
+    uvloop.run(main())
+
+
 async def test_prompts_v01_requests_and_embeddings_pass_through():
     """Completions, protocol v0.1 and embeddings reach a foreign engine."""
     server = Server(["one ", "two"])
