@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from sagellm_core.grammar_worker import CheckWorker
 from sagellm_core.text.tokenizer import TextTokenizer
+from sagellm_core.text.tool_prompt import JSON_STYLE
 from sagellm_protocol.errors import InvalidArgumentError, SageError, UnavailableError
 from sagellm_protocol.sampling import GrammarSpec
 
@@ -30,8 +31,6 @@ __all__ = ["GrammarConstraint", "GrammarLimits", "LLGuidanceCompiler", "grammar_
 
 _PARAM = "grammar"
 _ENTRY_BYTES, _BYTES_A_CHAR = 64 << 10, 64
-# Fixed separators: with free white space a weak model can go on with blanks to the length limit.
-_JSON_STYLE: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ def grammar_text(spec: GrammarSpec) -> str:
 
 
 def _options() -> Any:
-    return dict(_JSON_STYLE)
+    return dict(JSON_STYLE)
 
 
 def _lark(source: str) -> str:

@@ -18,8 +18,11 @@ from hypothesis import strategies as st
 from sagellm_core.grammar import GrammarConstraint, GrammarLimits, LLGuidanceCompiler
 from sagellm_core.grammar_worker import CheckWorker
 from sagellm_core.text import load_tokenizer
-from sagellm_core.text.bytes_model import EOS, IM_END, VOCAB_SIZE, ByteChatModel
-from sagellm_protocol.errors import InvalidArgumentError, SageError, UnavailableError
+from sagellm_core.text.bytes_model import EOS, IM_END, IM_START, VOCAB_SIZE, ByteChatModel
+from sagellm_core.text.parsing.select import ToolFormat
+from sagellm_core.text.tool_prompt import strict_grammar
+from sagellm_protocol.errors import InvalidArgumentError, SageError, UnavailableError, UnsupportedError
+from sagellm_protocol.generation import FunctionSpec
 from sagellm_protocol.sampling import GrammarSpec
 
 _MODEL = ByteChatModel("m", 4096)
@@ -271,6 +274,46 @@ def test_a_tokenizer_that_cannot_be_loaded_fails_the_request_only() -> None:
     with pytest.raises(SageError, match="gone"):
         _ready(made.compile(GrammarSpec(kind="regex", source="a")))
     made.close()
+
+
+_TOOLS = (
+    FunctionSpec(
+        name="f",
+        strict=True,
+        parameters={
+            "properties": {"a": {"type": "integer"}},
+            "required": ["a"],
+            "type": "object",
+            "additionalProperties": False,
+        },
+    ),
+    FunctionSpec(name="free"),
+)
+
+
+def test_strict_calls_keep_to_their_schema_and_text_is_free(compiler: LLGuidanceCompiler) -> None:
+    """Text without a call is free in every format; a strict call matches its schema, a free one is any object."""
+    good, bad = '{"name": "f", "KEY": {"a": 1}}', '{"name": "f", "KEY": {"a": "x"}}'
+    free = '{"name": "free", "KEY": {"b": [1]}}'
+    forms: list[tuple[ToolFormat, str, str, str]] = [
+        ("hermes", "Hm.\n<tool_call>\n", "\n</tool_call>", "arguments"),
+        ("llama3", "", "", "parameters"),
+    ]
+    for form, start, end, key in forms:
+        constraint = _ready(compiler.compile(strict_grammar(form, _TOOLS, lambda _: None)))
+        for text in ("", "Just text <tool", "a { b"):
+            assert _accepts(constraint, text), (form, text)
+        for call, fits in ((good, True), (free, True), (bad, False), ("{}", False)):
+            assert _accepts(constraint, start + call.replace("KEY", key) + end) is fits, (form, call)
+    listed = _ready(compiler.compile(strict_grammar("mistral", _TOOLS, lambda _: IM_START)))
+    probe = listed.fork()
+    for token in [*b"ok", IM_START, *b'[{"name": "f", "arguments": {"a": ']:
+        assert token in _allowed(probe.masks([])[0])
+        probe.accept(token)
+    assert ord("x") not in _allowed(probe.masks([])[0])
+    with pytest.raises(UnsupportedError) as caught:
+        strict_grammar("gemma4", _TOOLS, lambda _: None)
+    assert caught.value.param == "tools"
 
 
 @pytest.mark.model

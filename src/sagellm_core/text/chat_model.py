@@ -66,7 +66,7 @@ class TextChatModel:
         if not 1 <= request.n <= MAX_CHOICES:
             raise InvalidArgumentError(f"n is {request.n}: it must lie in [1, {MAX_CHOICES}]", param="n")
         prompt, param, plan = self._prompt(request)
-        sampling = self._resolved(constrained_sampling(request, plan), len(prompt), param)
+        sampling = self._resolved(constrained_sampling(request, plan, self.tokenizer.specials), len(prompt), param)
         bad = tuple(ids for word in sampling.bad_words for ids in self._bad_word(word))
         requests = tuple(
             EngineRequest(
@@ -111,7 +111,7 @@ class TextChatModel:
             asked = GenerationRequest(
                 request_id=request.request_id, model=self.model_id, messages=messages, reasoning=False
             )
-            return chat_prompt(asked, self._template(False), self.tokenizer)[0]
+            return chat_prompt(asked, self._template(False), self.tokenizer, self._check_length)[0]
 
         return prepare_score(request, self.tokenizer, self.context_length, render)
 
@@ -147,13 +147,14 @@ class TextChatModel:
         if (request.messages is None) == (request.prompt is None):
             raise InvalidArgumentError("exactly one of messages and prompt is needed", param="messages")
         if request.messages is not None:
-            ids, plan = chat_prompt(request, self._template(bool(request.tools)), self.tokenizer)
+            ids, plan = chat_prompt(request, self._template(bool(request.tools)), self.tokenizer, self._check_length)
             return tuple(ids), "messages", plan
         for name, value in (("tools", request.tools), ("reasoning", request.reasoning)):
             if value:
                 raise UnsupportedError(f"{name} goes with messages, not with a raw prompt: leave it out", param=name)
         if isinstance(request.prompt, str):
             # A raw prompt is its author's own template: control tokens in it are meant.
+            self._check_length(len(request.prompt))
             ids = self.tokenizer.encode(request.prompt, parse_special=True)
         else:
             ids = list(request.prompt or ())
@@ -193,6 +194,16 @@ class TextChatModel:
             )
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
         return msgspec.structs.replace(sampling, seed=seed, max_tokens=wanted if wanted is not None else room)
+
+    def _check_length(self, characters: int) -> None:
+        """Refuse a text that cannot fit before time is spent on tokenising it."""
+        least = characters // self.tokenizer.info.longest_token
+        if least >= self.context_length:
+            raise ContextLengthError(
+                f"the prompt has {characters} characters, at least {least} tokens; the context of {self.model_id} has "
+                f"{self.context_length}: shorten the prompt",
+                param="messages",
+            )
 
     def _check_ids(self, ids: Sequence[int], param: str) -> None:
         size = self.tokenizer.vocab_size

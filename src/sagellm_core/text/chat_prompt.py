@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from sagellm_core.text.parsing.select import ParserPlan, ToolFormat, reasoning_marks, tool_format
+from sagellm_core.text.specials import SpecialTokens
 from sagellm_core.text.tokenizer import TextTokenizer
-from sagellm_core.text.tool_prompt import call_grammar, chosen_tools, with_tool_prompt
+from sagellm_core.text.tool_prompt import call_grammar, chosen_tools, strict_grammar, with_tool_prompt
 from sagellm_protocol.errors import InvalidArgumentError, UnsupportedError
 from sagellm_protocol.generation import ChatMessage, FunctionSpec, GenerationRequest
 from sagellm_protocol.sampling import SamplingParams
@@ -23,9 +24,15 @@ _TAIL = 16
 
 
 def chat_prompt(
-    request: GenerationRequest, template: ChatTemplate, tokenizer: TextTokenizer
+    request: GenerationRequest, template: ChatTemplate, tokenizer: TextTokenizer, check_length: Callable[[int], None]
 ) -> tuple[list[int], ParserPlan]:
     """Render and tokenise a conversation.
+
+    Args:
+        request: with messages.
+        template: of the model.
+        tokenizer: of the model.
+        check_length: called with the characters of the rendered text before it is tokenised.
 
     Raises:
         InvalidArgumentError: empty messages, or messages that the template refuses; a tool choice without its tool.
@@ -37,6 +44,11 @@ def chat_prompt(
     forced = bool(tools) and request.tool_choice != "auto"
     marks = reasoning_marks(template.source, tokenizer.marks)
     constrained = forced or request.sampling.grammar is not None
+    if constrained and request.sampling.grammar is not None and (forced or any(tool.strict for tool in tools)):
+        raise InvalidArgumentError(
+            "a grammar and a forced call (or strict tools) exclude each other: leave one of them out",
+            param="tool_choice",
+        )
     thinks = _thinks(request, template, marks, constrained=constrained)
     messages: Sequence[ChatMessage] = request.messages
     if not template.knows_tools:
@@ -47,6 +59,7 @@ def chat_prompt(
         reasoning=thinks,
         parallel_tool_calls=request.parallel_tool_calls,
     )
+    check_length(sum(len(piece) for piece in pieces if isinstance(piece, str)))
     ids = tokenizer.encode_pieces(pieces)
     if not ids:
         raise InvalidArgumentError("the chat template makes nothing of these messages", param="messages")
@@ -56,7 +69,7 @@ def chat_prompt(
         ids += tokenizer.encode_pieces([0, *tokenizer.specials.split(f"{marks[1]}\n\n")])[1:]
         opened = False
     plan = ParserPlan(
-        tools=_tool_format(template, tokenizer, tools, forced=forced),
+        tools=_tool_format(request, template, tokenizer, tools, forced=forced),
         names=frozenset(tool.name for tool in tools),
         reasoning=None if constrained else marks,
         opened=opened,
@@ -65,19 +78,19 @@ def chat_prompt(
     return ids, plan
 
 
-def constrained_sampling(request: GenerationRequest, plan: ParserPlan) -> SamplingParams:
-    """Return the request's sampling, with the grammar of a forced call.
+def constrained_sampling(request: GenerationRequest, plan: ParserPlan, specials: SpecialTokens) -> SamplingParams:
+    """Return the request's sampling, with the grammar of a forced call or of strict tools.
 
     Raises:
-        InvalidArgumentError: a forced call together with a grammar.
+        UnsupportedError: strict tools in a format that is no JSON.
     """
-    if plan.tools != "forced":
+    tools = chosen_tools(request.tools, request.tool_choice) if plan.tools != "none" else ()
+    if plan.tools == "forced":
+        grammar = call_grammar(tools)
+    elif any(tool.strict for tool in tools):
+        grammar = strict_grammar(plan.tools, tools, specials.get)
+    else:
         return request.sampling
-    if request.sampling.grammar is not None:
-        raise InvalidArgumentError(
-            "a forced tool call and a grammar exclude each other: leave one of them out", param="tool_choice"
-        )
-    grammar = call_grammar(chosen_tools(request.tools, request.tool_choice))
     return msgspec.structs.replace(request.sampling, grammar=grammar)
 
 
@@ -95,9 +108,16 @@ def _thinks(
 
 
 def _tool_format(
-    template: ChatTemplate, tokenizer: TextTokenizer, tools: Sequence[FunctionSpec], *, forced: bool
+    request: GenerationRequest,
+    template: ChatTemplate,
+    tokenizer: TextTokenizer,
+    tools: Sequence[FunctionSpec],
+    *,
+    forced: bool,
 ) -> ToolFormat:
     if not tools:
+        return "none"
+    if request.sampling.grammar is not None:  # the answer is what the grammar says, not a call
         return "none"
     if forced:
         return "forced"

@@ -79,6 +79,7 @@ def _info(
     return TokenizerInfo(
         kind=kind,
         vocab_size=len(tokens),
+        longest_token=max(map(len, tokens), default=1) or 1,
         specials=specials,
         literals=tuple(i for i, kind_of in enumerate(types) if kind_of == TokenType.USER_DEFINED),
         prefix_ids=(bos,) if add_bos and bos is not None else (),

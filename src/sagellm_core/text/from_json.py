@@ -60,6 +60,7 @@ def convert_directory(directory: Path) -> tuple[TokenizerInfo, bytes]:
     info = TokenizerInfo(
         kind=_kind(document),
         vocab_size=1 + max([*vocab.values(), *(t["id"] for t in added)], default=-1),
+        longest_token=max([1, *map(len, vocab), *(len(t["content"]) for t in added)]),
         specials=tuple(s for s in specials if len(s.content) > 1),
         literals=tuple(t["id"] for t in literals),
         prefix_ids=prefix,

@@ -15,6 +15,7 @@ import msgspec
 __all__ = ["Guard", "SpecialToken", "SpecialTokens"]
 
 _PRIVATE_USE = range(0xE000, 0xF900)
+_PRIVATE = re.compile("[\ue000-\uf8ff]")
 # Unicode's White_Space, which `tokenizers` strips; Python's own notion has four separators more.
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
@@ -41,6 +42,11 @@ class SpecialTokens:
 
     def __getitem__(self, text: str) -> int:
         return self._by_text[text].id
+
+    def get(self, text: str) -> int | None:
+        """Return a token's id, None if `text` is not one."""
+        token = self._by_text.get(text)
+        return None if token is None else token.id
 
     def __contains__(self, text: object) -> bool:
         return text in self._by_text
@@ -94,7 +100,7 @@ class Guard:
     """Marks strings of one request. The mark is a private-use character that none of them holds."""
 
     def __init__(self, specials: SpecialTokens, strings: Iterable[str]) -> None:
-        used = {char for text in strings for char in text if "\ue000" <= char < "\uf900"}
+        used = {char for text in strings for char in _PRIVATE.findall(text)}
         free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
         self._specials = specials
         self._mark = next(free, "\U000f0000")

@@ -23,6 +23,7 @@ class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         kind: how tokens spell bytes: GPT-2's printable stand-ins, SentencePiece's ▁ and <0xXX>, or raw text.
         vocab_size: highest id + 1.
+        longest_token: characters of the longest token, at least: a text of n characters has n / longest_token tokens or more.
         specials: control tokens.
         literals: tokens whose text is taken as it is (user-defined ones).
         prefix_ids, suffix_ids: what `add_special_tokens` puts around a text.
@@ -37,6 +38,7 @@ class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     kind: Literal["byte_level", "metaspace", "raw"]
     vocab_size: int
+    longest_token: int = 1
     specials: tuple[SpecialToken, ...] = ()
     literals: tuple[int, ...] = ()
     prefix_ids: tuple[int, ...] = ()

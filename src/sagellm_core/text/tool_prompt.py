@@ -1,18 +1,22 @@
-"""Tools for models whose template knows none, and the grammar that forces a call."""
+"""Tools for models whose template knows none, and the grammars that force a call or keep strict ones to their schema."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
-from sagellm_protocol.errors import InvalidArgumentError
+from sagellm_core.text.parsing.select import ToolFormat
+from sagellm_protocol.errors import InvalidArgumentError, UnsupportedError
 from sagellm_protocol.generation import ChatMessage, FunctionSpec
 from sagellm_protocol.sampling import GrammarSpec
 
-__all__ = ["call_grammar", "chosen_tools", "with_tool_prompt"]
+__all__ = ["JSON_STYLE", "call_grammar", "chosen_tools", "strict_grammar", "with_tool_prompt"]
+
+JSON_STYLE: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""Fixed separators: with free white space a weak model can go on with blanks to the length limit."""
 
 _PROMPT = """\
 You can call functions to help with the user's request. Each line between the tags describes one of them as JSON:
@@ -91,12 +95,61 @@ def call_grammar(tools: Sequence[FunctionSpec]) -> GrammarSpec:
     return GrammarSpec(kind="json_schema", source=json.dumps(schema))
 
 
-def _call_schema(tool: FunctionSpec, place: str) -> dict[str, Any]:
-    parameters = tool.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
+_TAGGED = r"""start: step* TEXT
+step: before call "\n</tool_call>"
+before[lazy]: BEFORE
+BEFORE: /(?s:.*)<tool_call>\n/ & ~/(?s:.*)<tool_call>[^\n](?s:.*)/
+TEXT: /(?s:.*)/ & ~/(?s:.*)<tool_call>(?s:.*)/
+"""
+_BARE = r"""start: {mark} call | TEXT
+TEXT: /(?s:.*)/ & ~/\s*\{(?s:.*)/
+"""
+_LISTED = r"""start: TEXT ({mark} call_list)?
+call_list: " "? "[" call (", " call)* "]"
+TEXT: /(?s:.*)/
+"""
+
+
+def strict_grammar(
+    form: ToolFormat, tools: Sequence[FunctionSpec], token_id: Callable[[str], int | None]
+) -> GrammarSpec:
+    """Return a grammar under which text is free and calls keep to the schemas of the strict ones of `tools`.
+
+    Args:
+        form: the model's format.
+        tools: of the request.
+        token_id: id of a control token, None where that text is not one.
+
+    Raises:
+        UnsupportedError: the format is no JSON.
+    """
+    key = "parameters" if form == "llama3" else "arguments"
+    calls = [_call_schema(tool, f"#/anyOf/{i}", key, strict=tool.strict) for i, tool in enumerate(tools)]
+    call = f"call: %json {json.dumps({'anyOf': calls, 'x-guidance': JSON_STYLE})}\n"
+    if form in ("hermes", "generic") and token_id("<tool_call>") is None:
+        return GrammarSpec(kind="lark", source=_TAGGED + call)
+    if form == "llama3":
+        tag = token_id("<|python_tag|>")
+        return GrammarSpec(kind="lark", source=_BARE.replace("{mark}", "" if tag is None else f"<[{tag}]>?") + call)
+    mark = {"mistral": "[TOOL_CALLS]", "granite": "<|tool_call|>"}.get(form)
+    number = None if mark is None else token_id(mark)
+    if number is None:
+        raise UnsupportedError(
+            "strict tools with tool_choice auto need a model that calls tools in JSON: set strict to false, or tool_choice "
+            "to required",
+            param="tools",
+        )
+    return GrammarSpec(kind="lark", source=_LISTED.replace("{mark}", f"<[{number}]>") + call)
+
+
+def _call_schema(tool: FunctionSpec, place: str, key: str = "arguments", *, strict: bool = True) -> dict[str, Any]:
+    parameters: Any = {"type": "object"}
+    if strict:
+        parameters = tool.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
     return {
         "type": "object",
-        "properties": {"name": {"const": tool.name}, "arguments": _moved(parameters, f"{place}/properties/arguments")},
-        "required": ["name", "arguments"],
+        "properties": {"name": {"const": tool.name}, key: _moved(parameters, f"{place}/properties/{key}")},
+        "required": ["name", key],
         "additionalProperties": False,
     }
 

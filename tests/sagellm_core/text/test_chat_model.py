@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,15 @@ def test_a_prompt_that_does_not_fit_is_refused(chat_model: TextChatModel) -> Non
         ContextLengthError, match=rf"{prompt} tokens and {257 - prompt} .* 256: lower max_tokens to {256 - prompt}"
     ):
         chat_model.prepare(_chat(sampling=SamplingParams(max_tokens=257 - prompt)))
+
+
+def test_a_text_that_cannot_fit_is_not_tokenised(chat_model: TextChatModel) -> None:
+    """A text of many megabytes is refused at once, by what it has at least."""
+    for request in (_chat("x" * 20_000_000), _chat(messages=None, prompt="x" * 20_000_000)):
+        start = time.thread_time()
+        with pytest.raises(ContextLengthError, match=r"20000\d+ characters, at least 1\d+ tokens; .* 256: shorten"):
+            chat_model.prepare(request)
+        assert time.thread_time() - start < 1.0
 
 
 @pytest.mark.parametrize(

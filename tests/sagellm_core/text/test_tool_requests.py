@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from sagellm_core.text import TextChatModel, load_chat_model
@@ -147,6 +148,19 @@ def test_references_in_parameters_still_hold() -> None:
     moved = two["anyOf"][1]["properties"]["arguments"]["properties"]
     assert moved["x"]["$ref"] == "#/anyOf/1/properties/arguments/$defs/p"
     assert moved["y"]["$ref"] == "#/anyOf/1/properties/arguments"
+
+
+def test_strict_tools_are_held_to_their_schema(hermes: TextChatModel) -> None:
+    """A strict tool brings a grammar also where the model may choose; a grammar of the request's own excludes it."""
+    strict = (msgspec.structs.replace(_WEATHER, strict=True),)
+    grammar = hermes.prepare(_request(tools=strict)).engine_requests[0].sampling.grammar
+    assert grammar is not None
+    assert grammar.kind == "lark"
+    assert hermes.prepare(_request()).engine_requests[0].sampling.grammar is None
+    own = SamplingParams(grammar=GrammarSpec(kind="json_object"))
+    with pytest.raises(InvalidArgumentError, match="exclude"):
+        hermes.prepare(_request(tools=strict, sampling=own))
+    assert _answer(hermes, _request(sampling=own), '{"name": "clock"}') == ('{"name": "clock"}', "", [], "stop")
 
 
 def test_one_call_where_one_is_allowed(plain: TextChatModel) -> None:
