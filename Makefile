@@ -26,7 +26,7 @@ endif
 
 NATIVE := $(shell find src/sagellm_backend/cpu/native -type f 2>/dev/null)
 
-.PHONY: run test test-slow check models bench build clean help
+.PHONY: run test test-slow check models bench bench-gateway build clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -69,6 +69,10 @@ check: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed models
 	$(PY) benchmarks/cpu/run.py $(ARGS)
+
+bench-gateway: $(VENV)/.installed-dev
+	$(PY) benchmarks/gateway.py
+	$(PY) benchmarks/gateway.py --server granian
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

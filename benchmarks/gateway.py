@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import socket
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import AsyncGenerator
@@ -256,7 +255,8 @@ def main() -> None:
     parser.add_argument("--server", choices=("uvicorn", "granian"), default="uvicorn")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     options = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parent))
+    # granian imports the app by name, in a process of its own.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory() as folder:
         state = os.environ["BENCH_STATE"] = str(Path(folder) / "state.db")
         from sagellm_gateway.store.database import Database
