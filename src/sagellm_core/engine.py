@@ -83,6 +83,7 @@ class Engine:
             n_ctx=settings.n_ctx,
             max_rows=settings.max_rows,
             max_logit_rows=settings.max_logit_rows,
+            max_waiting=settings.max_waiting,
             clock=clock,
         )
         self._sequences: dict[str, SequenceState] = {}

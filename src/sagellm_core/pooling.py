@@ -50,7 +50,6 @@ class _Job:
     queued_at: float
     vectors: list[Float32 | None]
     missing: int
-    ended: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -87,6 +86,7 @@ class Pooler:
         n_ctx: most tokens of an input.
         max_rows: rows of a step.
         max_logit_rows: rows of a step that may want logits.
+        max_waiting: inputs that may queue.
         clock: the engine's.
     """
 
@@ -99,11 +99,13 @@ class Pooler:
         n_ctx: int,
         max_rows: int,
         max_logit_rows: int,
+        max_waiting: int,
         clock: Callable[[], float],
     ) -> None:
         self._runner, self._kv, self._adapters, self._clock = runner, kv, adapters, clock
         self._n_ctx = min(n_ctx, kv.n_blocks * BLOCK_SIZE)
-        self._max_rows, self._max_logit_rows = max_rows, max_logit_rows
+        self._max_rows, self._max_logit_rows, self._max_waiting = max_rows, max_logit_rows, max_waiting
+        self._jobs: dict[str, _Job] = {}
         self._waiting: deque[tuple[_Job, int]] = deque()
         self._active: list[_Input] = []
 
@@ -120,7 +122,7 @@ class Pooler:
     @property
     def adapters(self) -> list[str | None]:
         """Names of the adapters that requests use."""
-        return [job.request.adapter for job, _ in self._waiting] + [item.job.request.adapter for item in self._active]
+        return [job.request.adapter for job in self._jobs.values()]
 
     @property
     def n_running(self) -> int:
@@ -140,16 +142,16 @@ class Pooler:
                 adapter that is not loaded.
             ContextLengthError: an input does not fit.
             UnsupportedError: a decoder cannot do this task.
+            ResourceExhaustedError: the queue is full.
         """
         self._check(request)
         n = len(request.inputs)
-        job = _Job(request, done, self._clock(), [None] * n, n)
+        job = self._jobs[request.request_id] = _Job(request, done, self._clock(), [None] * n, n)
         self._waiting.extend((job, index) for index in range(n))
 
     def abort(self, request_id: str) -> bool:
         """Drop a request; `done` is not called. False if it is not here."""
-        jobs = {job for job, _ in self._waiting} | {item.job for item in self._active}
-        job = next((job for job in jobs if job.request.request_id == request_id), None)
+        job = self._jobs.get(request_id)
         if job is not None:
             self._drop(job)
         return job is not None
@@ -185,7 +187,7 @@ class Pooler:
 
     def fail_all(self, error: SageError) -> None:
         """Give every request that is here the error."""
-        for job in {id(job): job for job in [*(j for j, _ in self._waiting), *(i.job for i in self._active)]}.values():
+        for job in list(self._jobs.values()):
             self._fail(job, error)
 
     # --------------------------------------------------------------- private
@@ -198,8 +200,7 @@ class Pooler:
             raise UnsupportedError("a decoder knows no token types: leave them out", param="token_types")
         self._adapters.number(request.adapter)
         check_dimensions(request, spec.d_model)
-        here = {job.request.request_id for job, _ in self._waiting} | {i.job.request.request_id for i in self._active}
-        if request.request_id in here:
+        if request.request_id in self._jobs:
             raise InvalidArgumentError(f"a request {request.request_id!r} is already here", param="request_id")
         for ids in (*request.inputs, request.target_ids):
             wrong = next((token for token in ids if not 0 <= token < spec.vocab_size), None)
@@ -207,6 +208,11 @@ class Pooler:
                 raise InvalidArgumentError(
                     f"token id {wrong} is outside of the vocabulary of {spec.vocab_size}", param="input"
                 )
+        if len(self._waiting) + len(request.inputs) > self._max_waiting:
+            raise ResourceExhaustedError(
+                f"{len(self._waiting)} inputs are waiting, the queue holds {self._max_waiting}: send fewer, or later",
+                retry_after_s=1.0,
+            )
         longest = max(len(ids) for ids in request.inputs)
         if longest > self._n_ctx:
             raise ContextLengthError(
@@ -215,7 +221,7 @@ class Pooler:
 
     def _expire(self) -> None:
         now = self._clock()
-        for job in {job for job, _ in self._waiting} | {item.job for item in self._active}:
+        for job in list(self._jobs.values()):
             limit = job.request.deadline_s
             if limit is not None and now > job.queued_at + limit:
                 self._fail(job, DeadlineExceededError(f"the request's deadline of {limit:g} s passed"))
@@ -290,18 +296,17 @@ class Pooler:
         scale = len(item.seq.tokens) if job.request.task == "embed" and _pooling(job.request) == "mean" else 1
         job.vectors[item.index] = (item.total / scale).astype(np.float32)
         job.missing -= 1
-        if job.missing == 0 and not job.ended:
-            job.ended = True
+        if job.missing == 0:
+            del self._jobs[job.request.request_id]
             vectors = np.stack([vector for vector in job.vectors if vector is not None])
             job.done(embed_result(job.request, vectors, normalize=True))
 
     def _fail(self, job: _Job, error: SageError) -> None:
         self._drop(job)
-        if not job.ended:
-            job.ended = True
-            job.done(error)
+        job.done(error)
 
     def _drop(self, job: _Job) -> None:
+        del self._jobs[job.request.request_id]
         self._waiting = deque(entry for entry in self._waiting if entry[0] is not job)
         for item in [item for item in self._active if item.job is job]:
             self._active.remove(item)

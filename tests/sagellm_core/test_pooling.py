@@ -19,6 +19,7 @@ from sagellm_protocol.errors import (
     DeadlineExceededError,
     InternalError,
     InvalidArgumentError,
+    ResourceExhaustedError,
     SageError,
     UnavailableError,
     UnsupportedError,
@@ -157,6 +158,15 @@ def test_what_cannot_be_done_is_refused(change: dict[str, object], error: type[E
     """A request that a decoder cannot serve is refused by name, before anything runs."""
     with pytest.raises(error, match=message):
         engine().embed(EmbedRequest(**{"request_id": "r", "inputs": ((1,),), **change}), lambda _: None)
+
+
+def test_the_queue_is_bounded() -> None:
+    """More inputs than the queue holds are refused with both numbers; what is there goes on."""
+    subject = engine(max_waiting=3)
+    subject.embed(request([1], [2]), lambda _: None)
+    with pytest.raises(ResourceExhaustedError, match="2 inputs are waiting, the queue holds 3"):
+        subject.embed(request([1], [2], name="more"), lambda _: None)
+    subject.embed(request([1], name="one"), lambda _: None)
 
 
 def test_duplicate_ids_are_refused() -> None:
