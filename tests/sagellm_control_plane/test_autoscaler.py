@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from math import pi, sin
 
 from sagellm_control_plane.autoscaler import Autoscaler, EngineLoad, ModelLoad, StartEngine, StopEngine
@@ -75,7 +76,7 @@ def test_a_swinging_load_does_not_make_the_fleet_swing():
     """A square wave faster than the patience changes the fleet a few times, not with every swing."""
     cluster, _result = run(arrivals(lambda t: 12.0 if int(t) // 30 % 2 else 1.0, 900), down_stable_s=90.0)
     settled = [scale.ready for scale in cluster.history if scale.at > 450.0]
-    changes = sum(a != b for a, b in zip(settled, settled[1:], strict=False))
+    changes = sum(a != b for a, b in pairwise(settled))
     swings = 450 // 30
     assert changes <= swings / 3
     assert max(settled) - min(settled) <= 3

@@ -2,9 +2,8 @@
 
 import sys
 
-from sagellm.migrate.old_environment import translate_gateway_environment
-
 from sagellm.migrate.forward import warn_deprecated
+from sagellm.migrate.old_environment import translate_gateway_environment
 
 
 def main() -> int:
