@@ -523,6 +523,8 @@ class ControlState:
                 message=f"{record.tries} engines ended while they held this request: it is not sent to another one",
             )
         if record.tries >= config.max_attempts:
+            if error.code is ErrorCode.RESOURCE_EXHAUSTED:
+                return error  # every engine was full, none was away: that is a 429, not a 503
             return unavailable(f"{record.tries} attempts failed, the last one with: {error.message}")
         if record.request.emitted and record.request.journal == "none":
             return unavailable(f"the engine cannot continue elsewhere what it began: {error.message}")
