@@ -154,7 +154,7 @@ class TextChatModel:
                 raise UnsupportedError(f"{name} goes with messages, not with a raw prompt: leave it out", param=name)
         if isinstance(request.prompt, str):
             # A raw prompt is its author's own template: control tokens in it are meant.
-            self._check_length(len(request.prompt))
+            self._check_length(len(request.prompt), "prompt")
             ids = self.tokenizer.encode(request.prompt, parse_special=True)
         else:
             ids = list(request.prompt or ())
@@ -195,14 +195,14 @@ class TextChatModel:
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
         return msgspec.structs.replace(sampling, seed=seed, max_tokens=wanted if wanted is not None else room)
 
-    def _check_length(self, characters: int) -> None:
+    def _check_length(self, characters: int, param: str = "messages") -> None:
         """Refuse a text that cannot fit before time is spent on tokenising it."""
         least = characters // self.tokenizer.info.longest_token
         if least >= self.context_length:
             raise ContextLengthError(
                 f"the prompt has {characters} characters, at least {least} tokens; the context of {self.model_id} has "
                 f"{self.context_length}: shorten the prompt",
-                param="messages",
+                param=param,
             )
 
     def _check_ids(self, ids: Sequence[int], param: str) -> None:

@@ -201,7 +201,8 @@ def _numbers(header: GGUFHeader, key: str) -> list[int | float]:
 def _types(header: GGUFHeader, count: int) -> Sequence[int]:
     if "tokenizer.ggml.token_type" not in header.metadata:
         return [TokenType.NORMAL] * count
-    types = [int(value) for value in _numbers(header, "tokenizer.ggml.token_type")]
+    numbers = _numbers(header, "tokenizer.ggml.token_type")
+    types = [value for value in numbers if isinstance(value, int)]
     if len(types) != count:
         raise ModelFileError(f"the vocabulary has {count} tokens and {len(types)} token types: the file is malformed")
     return types

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sagellm_core.text import TextChatModel, load_chat_model
 from sagellm_core.text.bytes_model import ByteChatModel
@@ -168,6 +171,28 @@ def test_malformed_vocabularies_are_named(
     """A vocabulary that is incomplete or contradicts itself is refused with the fact."""
     with pytest.raises(ModelFileError, match=fact):
         load_chat_model(write_vocabulary(**changes), "m", cache_dir=tmp_path)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_mutated_vocabulary_raises_anything_else(
+    write_vocabulary: Callable[..., Path], tmp_path: Path, data: st.DataObject
+) -> None:
+    """A vocabulary with any bytes changed or cut off loads and encodes, or is refused as ModelFileError."""
+    path = write_vocabulary()
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content)))
+        patch = data.draw(st.binary(min_size=1, max_size=9))
+        if data.draw(st.booleans()):
+            content[at : at + len(patch)] = patch
+        else:
+            del content[at : at + len(patch)]
+    path.write_bytes(content)
+    with contextlib.suppress(ModelFileError):
+        model = load_chat_model(path, "m", cache_dir=tmp_path / "cache")
+        with contextlib.suppress(InvalidArgumentError):
+            model.prepare(_chat("hello <|im_end|> ü"))
 
 
 def test_byte_model_round_trips() -> None:
