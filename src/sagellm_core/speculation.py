@@ -23,6 +23,7 @@ __all__ = ["DraftSpeculator", "NgramSpeculator", "Speculator"]
 
 _GREEDY = SamplingParams(temperature=0.0)
 _LEARN = 0.3
+_PRIOR = 0.5
 _PROBE = 16
 _ROW_COST = 0.1
 """Measured on the native backend: four rows of one sequence take 1.15 times as long as one, nine rows twice as long."""
@@ -64,18 +65,19 @@ class Speculator(Protocol):
 
 @dataclass(slots=True)
 class _Record:
-    """How often the guesses for one sequence held lately.
+    """How often the guesses for one sequence held lately, by kind of guess.
 
-    `rate` is the probability that the next guessed token holds, given that those before it did.
+    A rate is the probability that the next guessed token holds, given that those before it did.
     """
 
-    rate: float = 0.5
+    rates: dict[int, float]
+    kind: int = 0
     idle: int = 0
 
     def learn(self, guessed: int, accepted: int) -> None:
         """Guesses after the first that failed were never tried."""
         tried = accepted + (accepted < guessed)
-        self.rate += _LEARN * (accepted / tried - self.rate)
+        self.rates[self.kind] += _LEARN * (accepted / tried - self.rates[self.kind])
 
 
 def best_length(rate: float, cost: float, most: int) -> int:
@@ -100,26 +102,38 @@ class _Lengths:
 
     Args:
         most: upper bound.
+        kinds: kinds of guesses, each with a rate of its own.
         row_cost: of one more row, as a share of a step with a single row.
         guess_cost: of guessing one token, as a share of the same.
     """
 
-    def __init__(self, most: int, row_cost: float, guess_cost: float = 0.0) -> None:
+    def __init__(self, most: int, kinds: Sequence[int], row_cost: float, guess_cost: float = 0.0) -> None:
         self._most = most
+        self._kinds = kinds
         self._row_cost = row_cost
         self._guess_cost = guess_cost
+        self._cost = row_cost + guess_cost
         self._of: dict[int, _Record] = {}
 
     def plan(self, running: Sequence[SequenceState]) -> None:
+        """Ask for the rows of the most promising kind; `limit` gives back what the kind at hand does not deserve."""
         decoding = [seq for seq in running if seq.decoding]
         # The fuller the batch, the less of a step is shared by its rows: one more row costs nearly what a token costs.
-        cost = len(decoding) * self._row_cost / (1.0 + (len(decoding) - 1) * self._row_cost) + self._guess_cost
+        shared = 1.0 + (len(decoding) - 1) * self._row_cost
+        self._cost = len(decoding) * self._row_cost / shared + self._guess_cost
         for seq in decoding:
-            record = self._of.setdefault(seq.arrival, _Record())
-            seq.want_draft = best_length(record.rate, cost, self._most)
-            if not seq.want_draft:
-                record.idle += 1
-                seq.want_draft = int(record.idle % _PROBE == 0)  # the text may have become predictable
+            record = self._of.setdefault(seq.arrival, _Record(dict.fromkeys(self._kinds, _PRIOR)))
+            seq.want_draft = max(1, best_length(max(record.rates.values()), self._cost, self._most))
+
+    def limit(self, work: Work, kind: int) -> int:
+        """Return how many of the work's rows a guess of this kind is worth."""
+        record = self._of[work.seq.arrival]
+        record.kind = kind
+        length = best_length(record.rates[kind], self._cost, self._most)
+        if not length:
+            record.idle += 1
+            length = int(record.idle % _PROBE == 0)  # the text may have become predictable
+        return min(length, work.n_draft)
 
     def learn(self, work: Work, accepted: int) -> None:
         self._of[work.seq.arrival].learn(len(work.draft), accepted)
@@ -145,8 +159,8 @@ class NgramSpeculator:
     """
 
     def __init__(self, max_draft: int, longest: int = 4, shortest: int = 2) -> None:
-        self._lengths = _Lengths(max_draft, _ROW_COST)
         self._sizes = range(longest, shortest - 1, -1)
+        self._lengths = _Lengths(max_draft, self._sizes, _ROW_COST)
         self._indexes: dict[int, _Index] = {}
 
     def plan(self, running: Sequence[SequenceState]) -> None:
@@ -157,9 +171,15 @@ class NgramSpeculator:
         """Fill `draft` where the tail of a sequence occurred before."""
         for work in works:
             index = self._indexes.setdefault(work.seq.arrival, _Index())
-            work.draft = self._lookup(index, work.seq.tokens, work.n_draft)
+            tokens = work.seq.tokens
+            size, start = self._lookup(index, tokens)
+            if size:
+                period = len(tokens) - start  # past the end the guess goes on in itself: a loop continues
+                n = self._lengths.limit(work, size)
+                work.draft = [tokens[start + ahead % period] for ahead in range(n)]
 
-    def _lookup(self, index: _Index, tokens: list[int], n: int) -> list[int]:
+    def _lookup(self, index: _Index, tokens: list[int]) -> tuple[int, int]:
+        """Return the size of the longest tail that occurred before, and what position followed it; 0 if none did."""
         for end in range(index.done, len(tokens)):  # tokens[end] follows the n-grams that end before it
             for size in self._sizes:
                 if size <= end:
@@ -168,9 +188,8 @@ class NgramSpeculator:
         for size in self._sizes:
             start = index.after.get(tuple(tokens[-size:])) if size <= len(tokens) else None
             if start is not None:
-                period = len(tokens) - start  # past the end the guess goes on in itself: a loop continues
-                return [tokens[start + ahead % period] for ahead in range(n)]
-        return []
+                return size, start
+        return 0, 0
 
     def follow(self, works: Sequence[Work]) -> None:
         """Nothing: there is no model."""
@@ -205,7 +224,7 @@ class DraftSpeculator:
 
     def __init__(self, runner: Runner, max_draft: int) -> None:
         self._runner = runner
-        self._lengths = _Lengths(max_draft, _ROW_COST, _DRAFT_COST)
+        self._lengths = _Lengths(max_draft, (0,), _ROW_COST, _DRAFT_COST)
         self._seen: dict[int, int] = {}
 
     def plan(self, running: Sequence[SequenceState]) -> None:
@@ -214,7 +233,13 @@ class DraftSpeculator:
 
     def propose(self, works: Sequence[Work]) -> None:
         """Decode ahead with the draft model, all sequences together, one token a round."""
-        rows = [_Rows(work, begin := self._begin(work), work.seq.tokens[begin : work.start + 1]) for work in works]
+        for work in works:
+            work.n_draft = self._lengths.limit(work, 0)
+        rows = [
+            _Rows(work, begin := self._begin(work), work.seq.tokens[begin : work.start + 1])
+            for work in works
+            if work.n_draft
+        ]
         while rows:
             ids = self._runner.step(_batch(rows, draw=True)).token_ids.tolist()
             for row, token_id in zip(rows, ids, strict=True):
