@@ -29,7 +29,6 @@ def record(command: str, folder: Path) -> list[str]:
     words = [sys.executable, "-m", "sagellm", *shlex.split(command)[1:]]
     done = subprocess.run(
         words,
-        shell=True,
         capture_output=True,
         text=True,
         cwd=folder,
