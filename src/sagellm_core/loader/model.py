@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sagellm_backend.spec import DecoderSpec
-from sagellm_core.loader.gguf import read_header
+from sagellm_core.loader.gguf import GGUFHeader, read_header
 from sagellm_core.loader.safetensors import load_json, open_safetensors
 from sagellm_core.models.base import Slots, Source, check_spec
 from sagellm_core.models.registry import family_of_gguf, family_of_hf
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["LazyWeights", "ModelFiles", "open_model"]
 
 _GGUF_SUFFIX = ".gguf"
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_MAX_PARTS = 1000
 
 
 class LazyWeights(Mapping[str, "Tensor"]):
@@ -125,16 +128,35 @@ def open_model(path: str | Path, *, context_length: int | None = None) -> ModelF
 
 
 def _open_gguf(path: Path, context_length: int | None) -> ModelFiles:
-    header = read_header(path)
-    stored = {name: info.shape for name, info in header.tensors.items()}
-    meta = Metadata(header.metadata, stored, header.vector, context_length)
+    parts = _parts(path)
+    home = {name: header for header in parts for name in header.tensors}
+    if len(home) != sum(len(header.tensors) for header in parts):
+        raise ModelFileError(f"a tensor stands in two parts of {path.name}: fetch the parts again")
+    stored = {name: header.tensors[name].shape for name, header in home.items()}
+    meta = Metadata(parts[0].metadata, stored, lambda name: home[name].vector(name), context_length)
     family = family_of_gguf(meta.architecture)
     spec = family.gguf_spec(meta)
     check_spec(spec)
-    weights = LazyWeights(family.gguf_slots(spec), spec.slots(), stored, header.tensor)
-    weights.identity = _identity([path])
-    formats = {name: (info.format, info.nbytes) for name, info in header.tensors.items()}
-    return ModelFiles(path, spec, weights, _main_format(formats), header.file_bytes, header.metadata)
+    weights = LazyWeights(family.gguf_slots(spec), spec.slots(), stored, lambda name: home[name].tensor(name))
+    weights.identity = _identity([header.path for header in parts])
+    formats = {n: (h.tensors[n].format, h.tensors[n].nbytes) for n, h in home.items()}
+    size = sum(header.file_bytes for header in parts)
+    return ModelFiles(path, spec, weights, _main_format(formats), size, parts[0].metadata)
+
+
+def _parts(path: Path) -> list[GGUFHeader]:
+    """Headers of all parts of a split file (``…-00001-of-00003.gguf``), in order; of the file itself if it is whole."""
+    header = read_header(path)
+    count = header.metadata.get("split.count", 1)
+    if not isinstance(count, int) or count <= 1:
+        return [header]
+    match = _PART.fullmatch(path.name)
+    if match is None or int(match[3]) != count or count > _MAX_PARTS:
+        raise ModelFileError(
+            f"{path.name} is one of {count} parts of a split file, but not named like one: name them "
+            "NAME-00001-of-000NN.gguf, or merge them with llama-gguf-split"
+        )
+    return [read_header(path.with_name(f"{match[1]}-{i:05}-of-{match[3]}.gguf")) for i in range(1, count + 1)]
 
 
 def _open_hf(directory: Path, path: Path, context_length: int | None) -> ModelFiles:

@@ -12,6 +12,8 @@ import pytest
 
 from sagellm_backend.tensors import Tensor
 from sagellm_core.loader import open_model
+from sagellm_core.loader.gguf import GGUFArray, read_header
+from sagellm_core.loader.gguf_write import write_gguf
 from sagellm_protocol.errors import ModelFileError
 
 
@@ -26,6 +28,32 @@ def test_a_gguf_file_gives_spec_and_every_slot(tiny_gguf: Callable[..., Path], t
             assert model.weights[slot].shape == shape
         assert np.array_equal(model.weights["1.k"].data, tiny_tensors["blk.1.attn_k.weight"].data)
         assert model.quantization == "F32"
+
+
+def test_a_split_file_opens_by_any_part(
+    tiny_gguf: Callable[..., Path], tiny_tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """The parts of a split file give one model; a missing, renamed or repeated part is named."""
+    whole = tiny_gguf()
+    metadata = {k: list(v) if isinstance(v, GGUFArray) else v for k, v in read_header(whole).metadata.items()}
+    names = sorted(tiny_tensors)
+    for part in range(3):
+        own = {name: tiny_tensors[name] for name in names[part::3]}
+        split = {"split.no": part, "split.count": 3, "split.tensors.count": len(names)}
+        write_gguf(tmp_path / f"m-0000{part + 1}-of-00003.gguf", (metadata if part == 0 else {}) | split, own)
+    for part in (1, 2):
+        with open_model(tmp_path / f"m-0000{part}-of-00003.gguf") as model, open_model(whole) as expected:
+            assert model.spec == expected.spec
+            assert model.weights.identity.count("\n") == 2  # type: ignore[attr-defined]
+            assert all(np.array_equal(model.weights[s].data, expected.weights[s].data) for s in expected.weights)
+    (tmp_path / "m-00003-of-00003.gguf").rename(tmp_path / "x.gguf")
+    with pytest.raises(ModelFileError, match=r"00003-of-00003\.gguf does not exist"):
+        open_model(tmp_path / "m-00001-of-00003.gguf")
+    with pytest.raises(ModelFileError, match="3 parts"):
+        open_model(tmp_path / "x.gguf")
+    (tmp_path / "m-00003-of-00003.gguf").write_bytes((tmp_path / "m-00002-of-00003.gguf").read_bytes())
+    with pytest.raises(ModelFileError, match="two parts"):
+        open_model(tmp_path / "m-00001-of-00003.gguf")
 
 
 def test_views_outlive_the_model(tiny_gguf: Callable[..., Path], tiny_tensors: dict[str, Tensor]) -> None:
