@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import shlex
 import socket
 import statistics
@@ -134,6 +135,14 @@ async def streams_lost(port: int, count: int, tokens: int, kill: subprocess.Pope
     return results.count(False)
 
 
+def cpu_seconds(process: subprocess.Popen) -> float:
+    """CPU time of a process so far: unlike wall time it does not depend on what else the machine does."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
 class Cluster:
     """Mock engines and routers as processes."""
 
@@ -149,7 +158,7 @@ class Cluster:
         process.stdout.readline()
         return port, process
 
-    def router(self, template: str, engines: list[int]) -> int:
+    def router(self, template: str, engines: list[int]) -> tuple[int, subprocess.Popen]:
         port = free_port()
         urls = " ".join(f"http://127.0.0.1:{engine}" for engine in engines)
         command = template.format(
@@ -168,7 +177,7 @@ class Cluster:
                     f"http://127.0.0.1:{port}/v1/chat/completions", body.encode(), {"content-type": "application/json"}
                 )
                 if b"[DONE]" in urllib.request.urlopen(request, timeout=5).read():
-                    return port
+                    return port, self.processes[-1]
             time.sleep(0.2)
         raise SystemExit(f"no answer from: {command}")
 
@@ -190,17 +199,22 @@ async def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     templates = {"isagellm": OURS} | dict(peer.split("=", 1) for peer in options.peer)
-    report = {name: {"p50_ms": [], "p99_ms": [], "rps": []} for name in ["direct", *templates]}
+    report = {name: {"p50_ms": [], "p99_ms": [], "rps": [], "cpu_us": []} for name in ["direct", *templates]}
     cluster = Cluster()
     try:
         engines = [cluster.engine()[0] for _ in range(4)]
-        ports = {"direct": engines[0]} | {name: cluster.router(text, engines) for name, text in templates.items()}
+        routers = {name: cluster.router(text, engines) for name, text in templates.items()}
+        ports = {"direct": engines[0]} | {name: port for name, (port, _process) in routers.items()}
         for _ in range(options.rounds):
             for name, port in ports.items():
                 firsts = sorted(await at_rate(port, 200, options.seconds, options.tokens))
                 report[name]["p50_ms"].append(firsts[len(firsts) // 2] * 1000)
                 report[name]["p99_ms"].append(firsts[int(len(firsts) * 0.99)] * 1000)
-                report[name]["rps"].append(await flat_out(port, 32, options.seconds, options.tokens))
+                before = cpu_seconds(routers[name][1]) if name in routers else 0.0
+                rps = await flat_out(port, 32, options.seconds, options.tokens)
+                report[name]["rps"].append(rps)
+                spent = cpu_seconds(routers[name][1]) - before if name in routers else 0.0
+                report[name]["cpu_us"].append(spent / max(rps * options.seconds, 1) * 1e6)
     finally:
         cluster.close()
     for name, template in templates.items():
@@ -210,16 +224,16 @@ async def main() -> None:
             doomed_port, doomed = cluster.engine("--token-ms", "5")
             sound = [cluster.engine("--token-ms", "5")[0] for _ in range(2)]
             # The router starts over sound engines; its readiness probe must not run into the cut one.
-            port = cluster.router(template, [*sound, doomed_port, cut])
+            port, _process = cluster.router(template, [*sound, doomed_port, cut])
             report[name]["lost_of_400"] = await streams_lost(port, 400, 30, doomed)
         finally:
             cluster.close()
     base = statistics.median(report["direct"]["p50_ms"])
     for name, row in report.items():
-        p50, p99, rps = (statistics.median(row[key]) for key in ("p50_ms", "p99_ms", "rps"))
+        p50, p99, rps, cpu = (statistics.median(row[key]) for key in ("p50_ms", "p99_ms", "rps", "cpu_us"))
         lost = row.get("lost_of_400", "-")
         print(
-            f"{name:<16} p50 {p50:6.2f} ms (added {p50 - base:+.2f})  p99 {p99:7.2f} ms  {rps:8.0f} req/s  lost of 400: {lost}"
+            f"{name:<16} p50 {p50:6.2f} ms (added {p50 - base:+.2f})  p99 {p99:7.2f} ms  {rps:8.0f} req/s  {cpu:6.0f} us CPU a request  lost of 400: {lost}"
         )
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")

@@ -62,6 +62,9 @@ class Engine(asyncio.Protocol):
             length = int(head[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
             if len(self.buffer) < end + 4 + length:
                 return
+            if not head.startswith((b"get ", b"post ")):
+                self.transport.abort()  # a probe for another protocol
+                return
             path = self.buffer.split(b" ", 2)[1]
             body = self.buffer[end + 4 : end + 4 + length]
             self.buffer = self.buffer[end + 4 + length :]

@@ -132,6 +132,8 @@ class Reply:
                 out += buffer[end + 2 : end + 2 + size]
                 position = end + 2 + size + 2
             del buffer[:position]
+            # Known before the last piece is handed out: its reader may have had enough by then.
+            self._complete = ended
             if out:
                 yield bytes(out)
             if ended:
