@@ -204,13 +204,16 @@ class Scheduler:
         insort(self.waiting, victim, key=_urgency)
 
     def _admit(self, step: Schedule) -> None:
+        deferred = 0
         for seq in list(self.waiting):
             if seq.blocked:
                 continue
             found = self._room_for(seq, step)
-            if found is None:
+            if found is None or deferred > self.limits.max_running:
                 return
-            if not found.promised:  # else another sequence is computing what this one would: it is cheaper to wait
+            if found.promised:  # another sequence is computing what this one would: it is cheaper to wait
+                deferred += 1
+            else:
                 self._start(seq, found)
 
     def _room_for(self, seq: SequenceState, step: Schedule) -> Match | None:
