@@ -27,7 +27,7 @@ from sagellm_protocol.generation import ChoiceDelta, GenerationEnd, GenerationRe
 from sagellm_protocol.sampling import GrammarSpec, SamplingParams
 
 ENGINES = 4
-GRAMMAR = False
+GRAMMAR = True
 HEALTH = HealthConfig(interval_s=0.1, timeout_s=0.4, failures=2, hung_s=2.0, stall_s=1.5)
 RESTART = RestartPolicy(first_delay_s=0.05, max_delay_s=0.2, max_attempts=100, stable_s=1.0)
 
