@@ -20,7 +20,7 @@ __all__ = ["EngineConstants", "SimEngine", "SimSequence"]
 
 
 class EngineConstants(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine model is made of; `sage-llm profile` fits them to a real engine.
+    """What the engine model is made of.
 
     Attributes:
         prefill_tps: prompt tokens computed a second.
