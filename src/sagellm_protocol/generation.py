@@ -91,6 +91,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
         tool_choice: ``auto``, ``none``, ``required``, or the name of one of `tools`.
         parallel_tool_calls: whether more than one call is allowed.
         reasoning: whether to let the model think, where its template has a switch; None is the model's default.
+        continue_final: the last message is the assistant's and unfinished: the output goes on from it (chats only).
         echo: put the prompt before the output (completions only).
         priority: a `Priority` band.
         deadline_s: seconds from arrival after which the answer is worthless.
@@ -110,6 +111,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
     reasoning: bool | None = None
+    continue_final: bool = False
     echo: bool = False
     priority: int = Priority.NORMAL
     deadline_s: float | None = None

@@ -149,7 +149,9 @@ class TextChatModel:
         if request.messages is not None:
             ids, plan = chat_prompt(request, self._template(bool(request.tools)), self.tokenizer, self._check_length)
             return tuple(ids), "messages", plan
-        for name, value in (("tools", request.tools), ("reasoning", request.reasoning)):
+        for name, value in (
+            ("tools", request.tools), ("reasoning", request.reasoning), ("continue_final", request.continue_final)
+        ):  # fmt: skip
             if value:
                 raise UnsupportedError(f"{name} goes with messages, not with a raw prompt: leave it out", param=name)
         if isinstance(request.prompt, str):

@@ -40,6 +40,8 @@ def chat_prompt(
     """
     if not request.messages:
         raise InvalidArgumentError("messages is empty: pass at least one message", param="messages")
+    if request.continue_final and request.messages[-1].role != "assistant":
+        raise InvalidArgumentError("only a message of the assistant can be continued", param="messages")
     tools = chosen_tools(request.tools, request.tool_choice)
     forced = bool(tools) and request.tool_choice != "auto"
     marks = reasoning_marks(template.source, tokenizer.marks)
@@ -58,6 +60,7 @@ def chat_prompt(
         tools if template.knows_tools else (),
         reasoning=thinks,
         parallel_tool_calls=request.parallel_tool_calls,
+        continue_final=request.continue_final,
     )
     check_length(sum(len(piece) for piece in pieces if isinstance(piece, str)))
     ids = tokenizer.encode_pieces(pieces)

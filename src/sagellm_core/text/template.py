@@ -63,8 +63,16 @@ class ChatTemplate:
         *,
         reasoning: bool | None = None,
         parallel_tool_calls: bool = True,
+        continue_final: bool = False,
     ) -> list[str | int]:
         """Return pieces of plain text and ids of the template's special tokens.
+
+        Args:
+            messages: the conversation.
+            tools: that the model may call.
+            reasoning: value of the template's switch; None leaves it unset.
+            parallel_tool_calls: whether more than one call is allowed.
+            continue_final: end inside of the last message instead of opening a turn.
 
         Raises:
             InvalidArgumentError: the template refuses these messages; the message says why.
@@ -75,7 +83,7 @@ class ChatTemplate:
         values: dict[str, Any] = {
             "messages": [self._protected(guard, message) for message in plain],
             "tools": guard.protect_all(tool_list) or None,
-            "add_generation_prompt": True,
+            "add_generation_prompt": not continue_final,
             "parallel_tool_calls": parallel_tool_calls,
             "documents": None,
             **self._names,
@@ -92,6 +100,8 @@ class ChatTemplate:
             ) from error
         except RecursionError as error:
             raise InvalidArgumentError("the chat template recurses without end", param="messages") from error
+        if continue_final:
+            rendered = _cut_behind(rendered, guard.protect(messages[-1].content or "").strip())
         return list(guard.split(rendered))
 
     def _message(self, message: ChatMessage) -> dict[str, Any]:
@@ -121,6 +131,15 @@ class ChatTemplate:
     @staticmethod
     def _protected(guard: Guard, message: dict[str, Any]) -> dict[str, Any]:
         return {key: value if key == "role" else guard.protect_all(value) for key, value in message.items()}
+
+
+def _cut_behind(rendered: str, final: str) -> str:
+    at = rendered.rfind(final)
+    if not final or at < 0:
+        raise InvalidArgumentError(
+            "the last message cannot be continued: it is empty, or the chat template changes it", param="messages"
+        )
+    return rendered[: at + len(final)]
 
 
 def _tool(tool: FunctionSpec) -> dict[str, Any]:

@@ -111,6 +111,8 @@ def test_a_text_that_cannot_fit_is_not_tokenised(chat_model: TextChatModel) -> N
         ({"messages": None, "prompt": ()}, "prompt"),
         ({"messages": None, "prompt": (100000,)}, "prompt"),
         ({"messages": None, "prompt": (-1,)}, "prompt"),
+        ({"continue_final": True}, "messages"),
+        ({"messages": None, "prompt": "x", "continue_final": True}, "continue_final"),
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
         ({"sampling": SamplingParams(stop_token_ids=(999999,))}, "stop_token_ids"),

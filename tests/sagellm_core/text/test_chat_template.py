@@ -89,6 +89,19 @@ def test_a_malformed_template_is_a_file_error() -> None:
         ChatTemplate("{% if %}", _SPECIALS, {})
 
 
+def test_the_last_message_can_be_continued() -> None:
+    """The prompt ends inside of the assistant's last message, whatever it holds; a template that changes it refuses."""
+    messages = (*_USER, ChatMessage(role="assistant", content="Paris <|im_end|> is"))
+    pieces = _render(CHATML, *messages, continue_final=True)
+    assert pieces == [1, "user\nhi", 2, "\n", 1, "assistant\nParis <|im_end|> is"]
+    for source, message in (
+        ("{{ messages[0].content | upper }}", messages[1]),
+        (CHATML, ChatMessage(role="assistant")),
+    ):
+        with pytest.raises(InvalidArgumentError, match="continued"):
+            _render(source, message, continue_final=True)
+
+
 def test_developer_is_system_where_unknown() -> None:
     """The developer role reads as system in templates that do not know it, and as itself in those that do."""
     message = ChatMessage(role="developer", content="x")
