@@ -109,7 +109,7 @@ class ScriptedEngine:
         try:
             async for delta in self._tokens(request):
                 yield delta
-        except GeneratorExit:
+        except (GeneratorExit, asyncio.CancelledError):
             self.aborted.append(request.request_id)
             raise
         finally:

@@ -81,6 +81,10 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     pid: int = 0
     restarts: int = 0
     last_error: str = ""
+    queued_requests: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    rss_bytes: int = 0
 
     @property
     def is_healthy(self) -> bool:

@@ -5,7 +5,7 @@ from contextlib import aclosing
 
 import pytest
 
-from sagellm_control_plane.config import CoreConfig, HealthConfig, RetryConfig
+from sagellm_control_plane.config import CoreConfig, HealthConfig, HedgeConfig, LatencyPrior, RetryConfig
 from sagellm_control_plane.manager import ControlPlaneManager
 from sagellm_control_plane.testing import LetterChatModel, ScriptedEngine, expected_tokens
 from sagellm_control_plane.types import EngineState, RequestStatus
@@ -180,6 +180,26 @@ async def test_a_refusal_is_retried_elsewhere():
     for i in range(4):
         assert await collect(manager, ask(f"r{i}")) == undisturbed(ask())
     assert not full.received
+    await manager.stop()
+    assert_idle(manager)
+
+
+async def test_a_hedge_wins_when_the_first_engine_is_slow():
+    """Within its budget a second attempt starts after the predicted time; the first token wins, the other is aborted."""
+    config = CoreConfig(
+        health=QUICK.health,
+        hedge=HedgeConfig(enabled=True, budget_ratio=1.0, min_delay_s=0.02),
+        prior=LatencyPrior(step_s=0.001),
+    )
+    slow, quick = ScriptedEngine("a", token_s=0.3), ScriptedEngine("b")
+    manager = await manager_with(slow, quick, config=config, routing_strategy="round_robin")
+    request = ask(max_tokens=6)
+    events = [e async for e in manager.generate(request)]
+    assert "".join(e.text for e in events if isinstance(e, ChoiceDelta)) == undisturbed(request)[0]
+    assert events[0].engine_id in ("a", "b")
+    assert manager.get_scheduling_metrics().hedges == 1
+    await until(lambda: not slow.running)
+    assert slow.aborted == ["r"]
     await manager.stop()
     assert_idle(manager)
 

@@ -78,7 +78,13 @@ def engine_info(dispatcher: Dispatcher, engine: Engine) -> EngineInfo:
     view = dispatcher.state.view.engines.get(engine.info.engine_id)
     running = view.running if view is not None else 0
     failed = view.failed if view is not None else engine.info.failed_requests
-    return msgspec.structs.replace(engine.info, active_requests=running, failed_requests=failed)
+    info = msgspec.structs.replace(engine.info, active_requests=running, failed_requests=failed)
+    if engine.status is not None:
+        info.queued_requests = engine.status.waiting
+        info.kv_blocks_used = engine.status.blocks_used
+        info.kv_blocks_total = engine.status.blocks_total
+        info.rss_bytes = engine.status.rss_bytes
+    return info
 
 
 def cluster_status(dispatcher: Dispatcher) -> dict[str, Any]:
