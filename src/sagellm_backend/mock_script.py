@@ -23,6 +23,7 @@ elsewhere gets through.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import zlib
@@ -185,7 +186,9 @@ def _text(step: ScriptStep) -> str:
     if step.think is not None:
         return f"<think>\n{step.think}\n</think>\n\n"
     if step.tool is not None:
-        return f"<tool_call>\n{msgspec.json.encode(step.tool).decode()}\n</tool_call>\n"
+        # Spaced as the grammars of strict tools want it.
+        call = json.dumps(msgspec.to_builtins(step.tool), ensure_ascii=False)
+        return f"<tool_call>\n{call}\n</tool_call>\n"
     return step.say or ""
 
 

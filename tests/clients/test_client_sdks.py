@@ -22,8 +22,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "isagel
 
 # Name -> (script, packages, least number of checks).
 PYTHON = {
-    "openai-2": ("openai_python.py", ["openai>=2,<3"], 45),
-    "openai-3": ("openai_python.py", ["openai>=3,<4"], 45),
+    "openai-2": ("openai_python.py", ["openai>=2,<3"], 44),
+    "openai-3": ("openai_python.py", ["openai>=3,<4"], 44),
     "anthropic": ("anthropic_python.py", ["anthropic"], 17),
     "ollama": ("ollama_python.py", ["ollama"], 17),
     "llm": ("llm_python.py", ["llm"], 4),

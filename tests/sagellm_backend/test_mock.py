@@ -124,7 +124,7 @@ def test_a_script_thinks_and_calls_a_tool():
     out = reply(scripted(), b"How is the weather?")
     assert out.finish_reason == "stop"
     assert out.text == (
-        '<think>\nI look.\n</think>\n\n<tool_call>\n{"name":"get_weather","arguments":{"city":"Paris"}}\n</tool_call>\n'
+        '<think>\nI look.\n</think>\n\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>\n'
     )
 
 
