@@ -7,7 +7,9 @@ consumer that is slow gets its deltas joined, so what is kept for it is bounded 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
+import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ __all__ = ["LocalEngine"]
 
 _T = TypeVar("_T")
 
+_EXIT_S = 10.0
+"""How long the end of the interpreter waits for a step."""
 _IDLE_POLL_S = 0.002
 """How long to wait for a grammar that is being compiled while nothing else runs."""
 
@@ -74,7 +78,7 @@ class _Command:
 class LocalEngine:
     """`EngineClient` over an `Engine` that this object owns from now on.
 
-    May be used from several threads and event loops at once. `close` (or leaving ``async with``) joins the thread.
+    May be used from several threads and event loops at once. `close` joins the thread; the end of the interpreter does, too.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -87,6 +91,7 @@ class LocalEngine:
         self._streams: dict[str, _Stream] = {}
         self._handover = Handover(engine, self._call)
         self._thread = threading.Thread(target=self._main, name=f"engine-{self._description.engine_id}", daemon=True)
+        _close_at_exit(self)
         self._thread.start()
 
     # ----------------------------------------------------------- EngineClient
@@ -243,12 +248,13 @@ class LocalEngine:
         """End the thread and close the engine; streams that are open end with an error. Idempotent."""
         await asyncio.get_running_loop().run_in_executor(None, self.close_sync)
 
-    def close_sync(self) -> None:
-        """Like `close`, without an event loop."""
+    def close_sync(self, timeout_s: float | None = None) -> None:
+        """Like `close`, without an event loop; waits at most `timeout_s` seconds for the step that is running."""
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(timeout_s)
+        _open.discard(self)
         self._handover.close()
 
     # ------------------------------------------------------ any thread -> engine
@@ -352,6 +358,22 @@ class LocalEngine:
             _on_loop(stream.loop, stream.fail, error)
         self._streams.clear()
         self._engine.close()
+
+
+_open: weakref.WeakSet[LocalEngine] = weakref.WeakSet()
+
+
+def _close_at_exit(engine: LocalEngine) -> None:
+    """A thread that is inside a device when the interpreter goes away takes the process down with it: end it before."""
+    if not _open:
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)
+    _open.add(engine)
+
+
+def _close_all() -> None:
+    for engine in list(_open):
+        engine.close_sync(_EXIT_S)
 
 
 def _joined(first: TokenDelta, second: TokenDelta) -> TokenDelta:

@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -200,6 +202,53 @@ async def test_one_wake_up_a_step(local, monkeypatch):
     monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *args, **how: (calls.append(1), original(*args, **how))[1])
     await asyncio.gather(*(tokens_of(local, request(f"r{i}", max_tokens=40)) for i in range(16)))
     assert len(calls) <= (await local.status()).steps + 5
+
+
+LEAVE_EARLY = """
+import asyncio, sys, threading
+from sagellm_core.build import build_engine
+from sagellm_core.config import EngineConfig, Limits
+from sagellm_core.local import LocalEngine
+from sagellm_protocol.engine import EngineRequest
+from sagellm_protocol.sampling import SamplingParams
+
+engine = LocalEngine(build_engine(EngineConfig(model=sys.argv[1], limits=Limits(n_ctx=1024, parallel=2))))
+started = threading.Event()
+
+async def read():
+    how = SamplingParams(temperature=0.0, seed=0, max_tokens=1000, ignore_eos=True)
+    async for _ in engine.stream(EngineRequest(request_id="r", prompt_token_ids=(1, 2, 3), sampling=how)):
+        started.set()
+
+def background():
+    try:
+        asyncio.run(read())
+    except Exception as error:
+        print(type(error).__name__)
+
+threading.Thread(target=background, daemon=True).start()
+started.wait()
+print("leaving")
+"""
+
+
+def leave_early(model):
+    command = [sys.executable, "-c", LEAVE_EARLY, str(model)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_interpreter_may_end_while_a_step_runs():
+    """Leaving the program without closing the engine ends with 0 and without a word on stderr."""
+    done = leave_early("mock")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("leaving")
+
+
+@pytest.mark.model
+def test_the_interpreter_may_end_while_the_native_device_computes(default_model_path):
+    """A thread inside native code does not take the process down at exit."""
+    done = leave_early(default_model_path)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.slow
