@@ -21,7 +21,7 @@ __all__ = ["ISA_VARIABLE", "CpuBackend"]
 ISA_VARIABLE = "SAGELLM_CPU_ISA"
 """Environment variable that forces an instruction set; for tests and for comparisons."""
 
-_KV_DTYPES = ("bf16", "f32")
+_KV_DTYPES = ("bf16", "int8", "f32")
 
 
 class CpuBackend:

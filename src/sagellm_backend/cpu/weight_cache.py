@@ -45,7 +45,7 @@ def fingerprint(weights: Weights) -> bytes:
     if not identity:
         for slot in sorted(weights):
             digest.update(slot.encode())
-            digest.update(memoryview(np.ascontiguousarray(weights[slot].data)))
+            digest.update(np.ascontiguousarray(weights[slot].data).data)
     return digest.digest()
 
 

@@ -69,6 +69,7 @@ Config config_from(const nb::dict& d) {
 KvFormat kv_format_of(const std::string& name) {
   if (name == "f32") return KvFormat::F32;
   if (name == "bf16") return KvFormat::BF16;
+  if (name == "int8") return KvFormat::INT8;
   throw std::invalid_argument("KV precision '" + name + "' is unknown to the cpu backend");
 }
 

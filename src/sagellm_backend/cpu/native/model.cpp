@@ -15,8 +15,13 @@ bool reads_int8(WeightFormat f) { return f != WeightFormat::BF16 && f != WeightF
 }  // namespace
 
 size_t kv_head_bytes(KvFormat format, int head_dim) {
-  const size_t element = format == KvFormat::F32 ? 4 : format == KvFormat::BF16 ? 2 : 1;
-  return kBlock * static_cast<size_t>(round_up(head_dim, 16)) * element;
+  const size_t values = kBlock * static_cast<size_t>(round_up(head_dim, 16));
+  switch (format) {
+    case KvFormat::F32: return values * 4;
+    case KvFormat::BF16: return values * 2;
+    case KvFormat::INT8: return values + kBlock * sizeof(float);  // and a scale for each token
+  }
+  return 0;
 }
 
 ActivationBuffer::ActivationBuffer(int rows, int k, const std::vector<WeightFormat>& readers) {

@@ -8,6 +8,7 @@
 namespace sage::SAGE_ISA {
 
 constexpr int kRowTile = 2;   // 2 rows × 32 outputs: 8 integer accumulators of 16 registers
+constexpr int kLaneTile = 2;  // query vectors of one attention tile
 #ifdef __AVXVNNI__
 constexpr int kBias8 = -128;
 #else
@@ -140,11 +141,15 @@ inline vi dot_small(vi a, vw w, vx x) {
   return {_mm256_dpbusd_avx_epi32(a.a, w.a, x), _mm256_dpbusd_avx_epi32(a.b, w.b, x)};
 }
 inline vi dot_biased(vi a, vw w, vx x) { return dot_small(a, w, x); }
+inline vi dot_left(vi a, vx x, vw w) {
+  return {_mm256_dpbusd_avx_epi32(a.a, x, w.a), _mm256_dpbusd_avx_epi32(a.b, x, w.b)};
+}
 #else
 inline __m256i dot_unsigned(__m256i a, __m256i w, __m256i x) {  // w <= 128, |x| <= 127: pairs fit 16 bits
   return _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
 }
 inline vi dot_small(vi a, vw w, vx x) { return {dot_unsigned(a.a, w.a, x), dot_unsigned(a.b, w.b, x)}; }
+inline vi dot_left(vi a, vx x, vw w) { return {dot_unsigned(a.a, x, w.a), dot_unsigned(a.b, x, w.b)}; }
 inline __m256i dot_half(__m256i a, __m256i w, __m256i x) {
   const __m256i s = _mm256_xor_si256(w, _mm256_set1_epi8(-128));  // q - 128, signed
   return dot_unsigned(a, _mm256_abs_epi8(s), _mm256_sign_epi8(x, s));

@@ -8,6 +8,7 @@
 namespace sage::SAGE_ISA {
 
 constexpr int kRowTile = 6;        // 6 rows × 32 outputs: 24 accumulators of 32 registers
+constexpr int kLaneTile = 8;       // query vectors of one attention tile
 constexpr int kBias8 = -128;       // zero8 is this times the sum of a group
 
 using vf = __m512;
@@ -67,6 +68,8 @@ inline vx broadcast4(const void* p) {
   return _mm512_set1_epi32(x);
 }
 inline vi dot_small(vi a, vw w, vx x) { return _mm512_dpbusd_epi32(a, w, x); }
+// unsigned activations (at most 127) times signed weights
+inline vi dot_left(vi a, vx x, vw w) { return _mm512_dpbusd_epi32(a, x, w); }
 inline vi dot_biased(vi a, vw w, vx x) { return _mm512_dpbusd_epi32(a, w, x); }
 
 #ifdef __AVX512BF16__

@@ -8,6 +8,7 @@
 namespace sage::SAGE_ISA {
 
 constexpr int kRowTile = 1;
+constexpr int kLaneTile = 1;
 constexpr int kBias8 = 0;
 
 struct vf {
@@ -99,6 +100,11 @@ inline vx broadcast4(const void* p) {
 inline vi dot_small(vi a, vw w, vx x) {
   for (int i = 0; i < 16; i++)
     for (int j = 0; j < 4; j++) a.v[i] += static_cast<int32_t>(w.v[4 * i + j]) * x.v[j];
+  return a;
+}
+inline vi dot_left(vi a, vx x, vw w) {
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 4; j++) a.v[i] += static_cast<int8_t>(w.v[4 * i + j]) * static_cast<int32_t>(x.v[j]);
   return a;
 }
 inline vi dot_biased(vi a, vw w, vx x) {

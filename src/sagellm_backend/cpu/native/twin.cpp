@@ -26,25 +26,28 @@ double act(Activation kind, double x) {
   return x;
 }
 
-double kv_at(KvFormat format, const uint8_t* block, size_t element) {
+int step_of(KvFormat format) { return format == KvFormat::BF16 ? 2 : format == KvFormat::F32 ? 1 : 4; }
+
+double kv_at(KvFormat format, const uint8_t* block, size_t element, int dim, int slot, int bias) {
   if (format == KvFormat::BF16) {
     uint16_t b;
     std::memcpy(&b, block + element * 2, 2);
     return bf16_to_float(b);
   }
   float f;
-  std::memcpy(&f, block + element * 4, 4);
-  return f;
+  std::memcpy(&f, block + (format == KvFormat::INT8 ? 16 * static_cast<size_t>(dim) + slot * 4 : element * 4), 4);
+  if (format == KvFormat::F32) return f;
+  return f * (bias ? block[element] - bias : static_cast<int8_t>(block[element]));
 }
 
-size_t key_element(KvFormat format, int slot, int i) {
-  const int step = format == KvFormat::BF16 ? 2 : 1;
-  return static_cast<size_t>(i / step) * 16 * step + slot * step + i % step;
+double key_at(KvFormat format, const uint8_t* block, int dim, int slot, int i) {
+  const int step = step_of(format);
+  return kv_at(format, block, static_cast<size_t>(i / step) * 16 * step + slot * step + i % step, dim, slot, 128);
 }
 
-size_t value_element(KvFormat format, int dim, int slot, int i) {
-  const int step = format == KvFormat::BF16 ? 2 : 1;
-  return static_cast<size_t>(slot / step) * dim * step + i * step + slot % step;
+double value_at(KvFormat format, const uint8_t* block, int dim, int slot, int i) {
+  const int step = step_of(format);
+  return kv_at(format, block, static_cast<size_t>(slot / step) * dim * step + i * step + slot % step, dim, slot, 0);
 }
 
 }  // namespace
@@ -95,7 +98,7 @@ void attention(KvFormat format, const AttentionTile& t, int lane, float* out) {
   for (int pos = first; pos <= last; pos++) {
     const uint8_t* k = t.k + static_cast<size_t>(t.blocks[pos / kBlock]) * t.block_stride;
     double dot = 0.0;
-    for (int i = 0; i < t.head_dim; i++) dot += t.q[lane][i] * kv_at(format, k, key_element(format, pos % kBlock, i));
+    for (int i = 0; i < t.head_dim; i++) dot += t.q[lane][i] * key_at(format, k, dim, pos % kBlock, i);
     dot *= t.scale;
     if (t.softcap > 0.0f) dot = t.softcap * std::tanh(dot / t.softcap);
     s.push_back(dot);
@@ -105,7 +108,7 @@ void attention(KvFormat format, const AttentionTile& t, int lane, float* out) {
     const uint8_t* v = t.v + static_cast<size_t>(t.blocks[pos / kBlock]) * t.block_stride;
     const double p = std::exp(s[pos - first] - top);
     sum += p;
-    for (int i = 0; i < t.head_dim; i++) total[i] += p * kv_at(format, v, value_element(format, dim, pos % kBlock, i));
+    for (int i = 0; i < t.head_dim; i++) total[i] += p * value_at(format, v, dim, pos % kBlock, i);
   }
   for (int i = 0; i < t.head_dim; i++) out[i] = static_cast<float>(total[i] / sum);
 }
