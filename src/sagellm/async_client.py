@@ -63,6 +63,11 @@ class AsyncUnifiedInferenceClient:
         self._api_key = api_key
         self._embedded = embedded
         self._engine = dict(engine or {})
+        for name, value in (("retries", retries), ("api_key", api_key)):
+            if embedded and value is not None:
+                raise InvalidArgumentError(
+                    f"{name} belongs to a server, embedded=True has none: drop one of them", param=name
+                )
         if mock and not embedded:
             raise InvalidArgumentError(
                 "mock=True simulates an engine in this process: pass embedded=True with it, or start the server with "
@@ -336,7 +341,9 @@ class AsyncUnifiedInferenceClient:
                 return transport
             from sagellm.embedded import EmbeddedTransport
 
-            embedded = await EmbeddedTransport.start(self.default_llm_model, self.default_embedding_model, self._engine)
+            embedded = await EmbeddedTransport.start(
+                self.default_llm_model, self.default_embedding_model, self._engine, self._timeouts
+            )
             # A path is served under the file's name.
             self.default_llm_model, self.default_embedding_model = embedded.model, embedded.embedding_model
             return embedded

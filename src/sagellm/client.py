@@ -15,10 +15,21 @@ from sagellm.streams import DeltaStream
 from sagellm.transport import RetryPolicy, Timeouts
 from sagellm_protocol.errors import UnavailableError
 
-__all__ = ["AsyncUnifiedInferenceClient", "DeltaStream", "UnifiedInferenceClient"]
+__all__ = ["AsyncUnifiedInferenceClient", "Availability", "DeltaStream", "UnifiedInferenceClient"]
 
 _T = TypeVar("_T")
 _UNWIND_S = 5.0
+
+
+class Availability(int):
+    """A yes or no that may also be called: earlier releases had a property, others a method."""
+
+    def __call__(self) -> bool:
+        """Return it as a bool."""
+        return bool(self)
+
+    def __repr__(self) -> str:
+        return repr(bool(self))
 
 
 class UnifiedInferenceClient:
@@ -182,13 +193,15 @@ class UnifiedInferenceClient:
         """
         return self._call(self._async.health())
 
-    def is_llm_available(self) -> bool:
-        """Whether a chat model answers."""
-        return self._call(self._async.is_llm_available())
+    @property
+    def is_llm_available(self) -> Availability:
+        """Whether a chat model answers; true or false by itself, and when it is called."""
+        return Availability(self._call(self._async.is_llm_available()))
 
-    def is_embedding_available(self) -> bool:
-        """Whether an embedding model answers."""
-        return self._call(self._async.is_embedding_available())
+    @property
+    def is_embedding_available(self) -> Availability:
+        """Whether an embedding model answers; true or false by itself, and when it is called."""
+        return Availability(self._call(self._async.is_embedding_available()))
 
     def get_status(self) -> dict[str, Any]:
         """Return where the client is connected, and what is served there."""

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from typing import Any, TypeVar
 
 from sagellm import compose
 from sagellm.asgi import AsgiApp, AsgiResponse, open_response
-from sagellm.transport import error_of_reply, sse_chunks
+from sagellm.transport import Timeouts, error_of_reply, sse_chunks
 from sagellm_protocol.errors import DeadlineExceededError, InternalError
 
 __all__ = ["EmbeddedTransport"]
+
+_T = TypeVar("_T")
 
 
 class EmbeddedTransport:
     """An engine, a control plane and the gateway's application in this process; no port is opened."""
 
-    def __init__(self, house: compose.House) -> None:
+    def __init__(self, house: compose.House, timeouts: Timeouts) -> None:
+        self._timeouts = timeouts
         self.model = house.models[0]
         self.embedding_model = house.models[1] if len(house.models) > 1 else None
         self.house = house
@@ -26,14 +29,18 @@ class EmbeddedTransport:
 
     @classmethod
     async def start(
-        cls, model: str | None, embedding_model: str | None = None, engine: Mapping[str, Any] | None = None
+        cls,
+        model: str | None,
+        embedding_model: str | None = None,
+        engine: Mapping[str, Any] | None = None,
+        timeouts: Timeouts | None = None,
     ) -> EmbeddedTransport:
-        """Load `model` (default: the store's default model) and return a transport to it.
+        """Load `model` (default: the store's default model) and return a transport to it; without `timeouts` it waits for ever.
 
         Raises:
             SageError: the model is missing, damaged, or does not fit.
         """
-        return cls(await compose.start_embedded(model, embedding_model, engine or {}))
+        return cls(await compose.start_embedded(model, embedding_model, engine or {}), timeouts or Timeouts.of(None))
 
     async def get(self, path: str) -> dict[str, Any]:
         """Return the JSON at `path`."""
@@ -49,12 +56,24 @@ class EmbeddedTransport:
         try:
             if response.status >= 400:
                 raise _error(response, await _body(response))
-            async for chunk in sse_chunks(response.lines()):
+            chunks = sse_chunks(response.lines())
+            while (chunk := await self._within(anext(chunks, None), self._timeouts.between_events)) is not None:
                 yield chunk
         finally:
             await response.close()
 
+    async def _within(self, waiting: Awaitable[_T], seconds: float | None) -> _T:
+        try:
+            return await asyncio.wait_for(waiting, seconds)
+        except asyncio.TimeoutError as error:
+            raise DeadlineExceededError(
+                f"the engine took longer than {seconds} s: pass a larger timeout or a smaller max_tokens"
+            ) from error
+
     async def _call(self, method: str, path: str, body: bytes) -> dict[str, Any]:
+        return await self._within(self._reply(method, path, body), self._timeouts.total)
+
+    async def _reply(self, method: str, path: str, body: bytes) -> dict[str, Any]:
         response = await open_response(self._app, method, _full(path), body)
         try:
             reply = await _body(response)

@@ -272,6 +272,16 @@ def test_silence_is_a_deadline(scripted: Callable[..., ScriptedServer]) -> None:
     release.set()
 
 
+def test_the_timeout_holds_in_process_too() -> None:
+    """An embedded engine that takes too long ends in DeadlineExceededError, whole and streamed, and serves on."""
+    slow: Any = {"mock": {"scale": 20}}
+    timeouts = Timeouts(total=0.3, between_events=5)
+    with UnifiedInferenceClient.create(embedded=True, mock=True, engine=slow, timeout=timeouts) as client:
+        with pytest.raises(DeadlineExceededError):
+            client.chat("hi", max_tokens=50, temperature=0)
+        assert len(list(client.chat("hi", max_tokens=3, temperature=0, stream=True))) > 0
+
+
 def test_nobody_there_is_said_with_the_cure() -> None:
     """A refused connection names the address and the command that starts a server."""
     with (
@@ -303,7 +313,8 @@ def test_an_embedding_server_is_never_taken_for_a_chat_server(
         assert client.get_status()["embedding_base_url"] == embedding.url
     monkeypatch.setattr(discovery, "CHAT_PORTS", (embedding.port,))
     with UnifiedInferenceClient.create() as client:
-        assert not client.is_llm_available()
+        assert not client.is_llm_available
+        assert client.is_llm_available() is False
         with pytest.raises(UnavailableError, match=r"serves all-minilm-l6-v2.*sage-llm serve"):
             client.chat("hi")
 
@@ -335,6 +346,8 @@ def test_wrong_combinations_are_refused_by_name() -> None:
         ({"embedded": True, "base_url": "http://x/v1"}, "embedded"),
         ({"engine": {"limits": {}}}, "engine"),
         ({"mock": True}, "mock"),
+        ({"embedded": True, "api_key": "x"}, "api_key"),
+        ({"embedded": True, "retries": RetryPolicy()}, "retries"),
     ):
         with pytest.raises(InvalidArgumentError) as caught:
             UnifiedInferenceClient(**options)  # type: ignore[arg-type]

@@ -40,6 +40,32 @@ def start(
 
 
 @app.command()
+def register(
+    model: Annotated[str, typer.Argument(help="What it serves, as it names it.")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where it listens.")],
+    host: Annotated[str, typer.Option(help="Where it runs.")] = "127.0.0.1",
+    engine_id: Annotated[str | None, typer.Option("--id", help="Engine id [host:port].")] = None,
+    kind: Annotated[str, typer.Option(help="llm or embedding.")] = "llm",
+    flavour: Annotated[
+        str | None, typer.Option(help="What kind of server it is, such as openai, vllm or llamacpp.")
+    ] = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Join an engine that runs elsewhere: any OpenAI-compatible server."""
+    body = {
+        "engine_id": engine_id or f"{host}:{port}",
+        "model_id": model,
+        "host": host,
+        "port": port,
+        "engine_kind": kind,
+    }
+    metadata = {"flavour": flavour} if flavour else {}
+    info = call("POST", "/management/engines/register", {**body, "metadata": metadata}, url=url, api_key=api_key)
+    print(f"{info['engine_id']} is {info['state']}; it serves as soon as it answers")
+
+
+@app.command()
 def stop(engine_id: Engine, url: Url = None, api_key: ApiKey = None) -> None:
     """Drain an engine and stop it; its requests finish, or go on elsewhere."""
     call("DELETE", f"/management/engines/{quote(engine_id, safe='')}", url=url, api_key=api_key)
