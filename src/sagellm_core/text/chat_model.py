@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["Prepared", "TextChatModel", "derived_seed"]
 
 MAX_CHOICES = 128
+_SUSPECT = 8  # characters a token: twice of what is usual
+_CUT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,7 @@ class TextChatModel:
                 raise UnsupportedError(f"{name} goes with messages, not with a raw prompt: leave it out", param=name)
         if isinstance(request.prompt, str):
             # A raw prompt is its author's own template: control tokens in it are meant.
-            self._check_length(len(request.prompt), "prompt")
+            self._check_length([request.prompt], "prompt")
             ids = self.tokenizer.encode(request.prompt, parse_special=True)
         else:
             ids = list(request.prompt or ())
@@ -197,9 +199,17 @@ class TextChatModel:
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
         return msgspec.structs.replace(sampling, seed=seed, max_tokens=wanted if wanted is not None else room)
 
-    def _check_length(self, characters: int, param: str = "messages") -> None:
-        """Refuse a text that cannot fit before time is spent on tokenising it."""
+    def _check_length(self, pieces: Sequence[str | int], param: str = "messages") -> None:
+        """Refuse a text that cannot fit before much time is spent on tokenising it.
+
+        First by the longest token, then by the tokens of its beginning: cutting a text changes a few tokens at the cut.
+        """
+        texts = [piece for piece in pieces if isinstance(piece, str)]
+        characters = sum(map(len, texts))
         least = characters // self.tokenizer.info.longest_token
+        if least < self.context_length and characters > _SUSPECT * self.context_length:
+            beginning = max(texts, key=len)[: _SUSPECT * self.context_length]
+            least = len(self.tokenizer.encode_pieces([0, beginning])) - _CUT
         if least >= self.context_length:
             raise ContextLengthError(
                 f"the prompt has {characters} characters, at least {least} tokens; the context of {self.model_id} has "

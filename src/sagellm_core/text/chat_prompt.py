@@ -24,7 +24,10 @@ _TAIL = 16
 
 
 def chat_prompt(
-    request: GenerationRequest, template: ChatTemplate, tokenizer: TextTokenizer, check_length: Callable[[int], None]
+    request: GenerationRequest,
+    template: ChatTemplate,
+    tokenizer: TextTokenizer,
+    check_length: Callable[[Sequence[str | int]], None],
 ) -> tuple[list[int], ParserPlan]:
     """Render and tokenise a conversation.
 
@@ -32,7 +35,7 @@ def chat_prompt(
         request: with messages.
         template: of the model.
         tokenizer: of the model.
-        check_length: called with the characters of the rendered text before it is tokenised.
+        check_length: called with the rendered pieces before they are tokenised.
 
     Raises:
         InvalidArgumentError: empty messages, or messages that the template refuses; a tool choice without its tool.
@@ -62,7 +65,7 @@ def chat_prompt(
         parallel_tool_calls=request.parallel_tool_calls,
         continue_final=request.continue_final,
     )
-    check_length(sum(len(piece) for piece in pieces if isinstance(piece, str)))
+    check_length(pieces)
     ids = tokenizer.encode_pieces(pieces)
     if not ids:
         raise InvalidArgumentError("the chat template makes nothing of these messages", param="messages")

@@ -50,6 +50,9 @@ def convert_directory(directory: Path) -> tuple[TokenizerInfo, bytes]:
     by_text = {token.content: token.id for token in specials}
     vocab = _vocab(document)
     prefix, suffix = _around(document, by_text)
+    bos = _token_text(settings, "bos_token")
+    if not prefix and settings.get("add_bos_token") is True and bos in by_text:
+        prefix = (by_text[bos],)
     literals = [t for t in added if not t.get("special")]
     document["added_tokens"] = literals
     _pin_ids(document["model"], literals)

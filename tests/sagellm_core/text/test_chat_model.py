@@ -102,6 +102,17 @@ def test_a_text_that_cannot_fit_is_not_tokenised(chat_model: TextChatModel) -> N
         assert time.thread_time() - start < 1.0
 
 
+def test_only_a_beginning_that_does_not_fit_is_enough(write_vocabulary: Callable[..., Path], tmp_path: Path) -> None:
+    """A text is refused by its beginning only when that alone does not fit; else its tokens are counted."""
+    path = write_vocabulary(tokenizer__ggml__merges=["h e", "l l", "ll o", "he llo"], llama__context_length=64)
+    model = load_chat_model(path, "m", cache_dir=tmp_path / "cache")
+    assert model.prepare(_chat(messages=None, prompt="hello" * 60)).engine_requests
+    with pytest.raises(ContextLengthError, match=r"the prompt has 1\d{3} characters, at least"):
+        model.prepare(_chat(messages=None, prompt="x" * 1000))
+    with pytest.raises(ContextLengthError, match="the prompt has 301 tokens"):
+        model.prepare(_chat(messages=None, prompt="x" * 300))
+
+
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
