@@ -16,7 +16,7 @@ import msgspec
 from sagellm_gateway import jsonbody
 from sagellm_gateway.config import GatewayConfig
 from sagellm_gateway.errors import HttpError, Shape, openai_body, render, status_of
-from sagellm_gateway.guard import ClientGoneError, InFlight
+from sagellm_gateway.guard import ClientGoneError, Deadline, InFlight
 from sagellm_gateway.library import ModelLibrary, NoLibrary
 from sagellm_protocol.errors import InternalError, SageError, UnavailableError
 
@@ -268,13 +268,14 @@ class Call:
         if length is not None and length.isdigit() and int(length[:20]) > bound:
             await self._discard()
             raise _too_large(bound)
-        first = await self.receive()
-        if first["type"] == "http.request" and not first.get("more_body"):
-            if len(first.get("body", b"")) > bound:
-                raise _too_large(bound)
-            return bytes(first.get("body", b""))
         try:
-            return await asyncio.wait_for(self._rest(first, bound), timeouts.body)
+            with Deadline(timeouts.body):
+                first = await self.receive()
+                if first["type"] == "http.request" and not first.get("more_body"):
+                    if len(first.get("body", b"")) > bound:
+                        raise _too_large(bound)
+                    return bytes(first.get("body", b""))
+                return await self._rest(first, bound)
         except asyncio.TimeoutError:
             raise HttpError(
                 408, f"the body did not arrive within {timeouts.body:g} s", code="body_timeout", headers=_CLOSE

@@ -8,11 +8,40 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from types import TracebackType
 from typing import Any
 
-__all__ = ["ClientGoneError", "Guard", "InFlight"]
+__all__ = ["ClientGoneError", "Deadline", "Guard", "InFlight"]
 
 
 class ClientGoneError(Exception):
     """The client hung up: there is nobody to answer."""
+
+
+class Deadline:
+    """Context manager that turns a block into `asyncio.TimeoutError` after some seconds.
+
+    `asyncio.timeout` needs Python 3.11, and `asyncio.wait_for` costs a task on each call.
+    """
+
+    __slots__ = ("_fired", "_seconds", "_task", "_timer")
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._fired = False
+
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._fire)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._timer.cancel()
+        if self._fired and kind is asyncio.CancelledError:
+            if sys.version_info >= (3, 11) and self._task is not None:
+                self._task.uncancel()
+            raise asyncio.TimeoutError from None
+
+    def _fire(self) -> None:
+        self._fired = True
+        if self._task is not None:
+            self._task.cancel()
 
 
 class InFlight:
