@@ -55,7 +55,12 @@ def chosen_tools(tools: Sequence[FunctionSpec], choice: str) -> tuple[FunctionSp
 
 def with_tool_prompt(messages: Sequence[ChatMessage], tools: Sequence[FunctionSpec]) -> list[ChatMessage]:
     """Return the conversation for a template that knows no tools: they stand in the system message, calls and results in text."""
-    out = [_plain(message) for message in messages]
+    out: list[ChatMessage] = []
+    for index, message in enumerate(messages):
+        plain = _plain(message)
+        if index and message.role == messages[index - 1].role == "tool":  # templates want turns to alternate
+            plain = msgspec.structs.replace(plain, content=f"{out.pop().content}\n{plain.content}")
+        out.append(plain)
     if not tools:
         return out
     prompt = _PROMPT.format(tools="\n".join(_described(tool) for tool in tools))

@@ -102,12 +102,14 @@ def test_tools_are_described_where_the_template_knows_none(plain: TextChatModel)
         ChatMessage(role="user", content="What time is it?"),
         ChatMessage(role="assistant", tool_calls=(call,)),
         ChatMessage(role="tool", content="12:00", tool_call_id="c"),
+        ChatMessage(role="tool", content="13:00", tool_call_id="d"),
     )
     text = plain.detokenize(plain.prepare(_request(messages=messages)).engine_requests[0].prompt_token_ids)
     assert "<|im_start|>system\nBe brief.\n\nYou can call functions" in text
     assert '{"name": "clock", "parameters": {"type": "object", "properties": {}}}\n</tools>' in text
     assert '<tool_call>\n{"name": "clock", "arguments": {"zone": "UTC"}}\n</tool_call><|im_end|>' in text
-    assert "user\n<tool_response>\n12:00\n</tool_response>" in text
+    results = "<tool_response>\n12:00\n</tool_response>\n<tool_response>\n13:00\n</tool_response>"
+    assert f"<|im_start|>user\n{results}<|im_end|>" in text
     for answer in (
         '<tool_call>{"name": "clock"}</tool_call>',
         '```json\n{"name": "clock", "arguments": {}}\n```',
