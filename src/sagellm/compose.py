@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from sagellm.asgi import AsgiApp
-    from sagellm_control_plane.live.lifecycle import EngineSpec
+    from sagellm_control_plane.live.lifecycle import EngineSpec, LifecycleDriver
     from sagellm_control_plane.manager import ControlPlaneManager
     from sagellm_core.config import EngineConfig
     from sagellm_gateway.config import GatewayConfig
     from sagellm_gateway.context import Gateway
     from sagellm_protocol.ports import ChatModel, EngineClient
 
-__all__ = ["House", "StoreCatalog", "add_local", "build_server", "engine_config", "start_embedded"]
+__all__ = ["House", "StoreCatalog", "add_local", "build_server", "build_worker", "engine_config", "start_embedded"]
 
 MOCK = "mock"
 DEFAULT_CONTEXT = 8192
@@ -240,6 +240,20 @@ async def add_local(manager: ControlPlaneManager, config: EngineConfig) -> Engin
     return engine
 
 
+def build_worker(
+    configs: Sequence[EngineConfig],
+    gateway: GatewayConfig,
+    driver: LifecycleDriver | None,
+    changes: Mapping[str, Any] | None = None,
+    **policy: Any,
+) -> House:
+    """Return a house over engines that another process runs: one of several gateways (``sage-llm serve --workers``)."""
+    from sagellm_control_plane.manager import ControlPlaneManager
+
+    manager = ControlPlaneManager(mode="local", driver=driver, catalog=StoreCatalog(configs, changes), **policy)
+    return House(manager, [config.served_id for config in configs], gateway)
+
+
 def build_server(
     configs: Sequence[EngineConfig],
     gateway: GatewayConfig,
@@ -266,7 +280,7 @@ def build_server(
     if remember and gateway.state_path is not None:
         known = Store(Path(gateway.state_path).with_name(f"engines-{gateway.port}.sqlite"))
     manager = ControlPlaneManager(
-        mode="local",
+        mode="http",
         driver=ProcessDriver(engine_argv, store=known),
         catalog=StoreCatalog(configs, changes),
         store=known,

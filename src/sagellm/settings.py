@@ -66,7 +66,13 @@ SETTINGS: dict[str, Setting] = {
         Setting("grace", float, 30.0, "seconds for running requests after SIGTERM"),
         Setting("access_log", bool, False, "one line for each request on stderr"),
         Setting("engines", int, 1, "engine processes for each model"),
+        Setting("workers", int, 1, "gateway processes that share the port"),
         Setting("policy", str, "adaptive", "scheduling policy of the control plane"),
+        Setting("routing", str, None, "which engine takes a request; the default belongs to the policy"),
+        Setting(
+            "auto_scale", bool, False, "start and stop engines by demand; load a stored model when it is asked for"
+        ),
+        Setting("pd_separation", bool, False, "prefill on one engine and decode on another where that is faster"),
         Setting("ctx", int, None, "tokens of one sequence, prompt and output"),
         Setting("parallel", int, None, "sequences that run at the same time"),
         Setting("max_batch_tokens", int, None, "rows of one step: decode and prefill together"),

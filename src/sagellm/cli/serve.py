@@ -33,7 +33,30 @@ def serve(
     engines: Annotated[
         int | None, typer.Option(min=1, help="Engine processes for each model [1].", rich_help_panel=_CONTROL)
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Gateway processes that share the port [1].", rich_help_panel=_CONTROL)
+    ] = None,
     policy: Annotated[str | None, typer.Option(help="Scheduling policy [adaptive].", rich_help_panel=_CONTROL)] = None,
+    routing: Annotated[
+        str | None,
+        typer.Option(help="Which engine takes a request, such as load_balanced or kv_aware.", rich_help_panel=_CONTROL),
+    ] = None,
+    auto_scale: Annotated[
+        bool,
+        typer.Option(
+            "--auto-scale",
+            help="Start and stop engines by demand; load stored models on request.",
+            rich_help_panel=_CONTROL,
+        ),
+    ] = False,
+    pd_separation: Annotated[
+        bool,
+        typer.Option(
+            "--pd-separation",
+            help="Prefill on one engine, decode on another where that is faster.",
+            rich_help_panel=_CONTROL,
+        ),
+    ] = False,
     state: Annotated[
         str | None,
         typer.Option(
@@ -104,10 +127,16 @@ def start(given: dict[str, Any], name: str | None = None, *, no_models: bool = F
             models=tuple(chosen),
             engines=values["engines"],
             policy=values["policy"],
+            control={
+                "routing_strategy": values["routing"],
+                "enable_auto_scaling": values["auto_scale"],
+                "enable_pd_separation": values["pd_separation"],
+            },
             changes=_changes(values, simulated=values["mock"] and wanted != ["mock"]),
             gateway=_gateway(values),
             grace_s=values["grace"],
             access_log=values["access_log"],
+            workers=values["workers"],
         )
     )
 

@@ -17,11 +17,14 @@ from sagellm.cli.failures import describe
 from sagellm_protocol.errors import SageError
 
 if TYPE_CHECKING:
+    import socket
+
     from sagellm.compose import House
     from sagellm_core.config import EngineConfig
+    from sagellm_gateway.config import GatewayConfig
     from sagellm_gateway.uvicorn_server import GatewayServer
 
-__all__ = ["ServeOptions", "serve_until_stopped"]
+__all__ = ["ServeOptions", "announce", "engine_name", "say", "serve_until_stopped"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,12 @@ class ServeOptions:
         models: (name or None, stored name or path) of each model.
         engines: engine processes for each model.
         policy: scheduling policy.
+        control: further keyword arguments of `ControlPlaneManager`: routing, and what is switched on.
         changes: to every engine's configuration.
         gateway: further fields of `GatewayConfig`.
         grace_s: seconds for running requests after SIGTERM.
         access_log: write one line for each request to stderr.
+        workers: gateway processes; with more than one a supervisor owns the engines.
     """
 
     host: str
@@ -44,10 +49,22 @@ class ServeOptions:
     models: tuple[tuple[str | None, str], ...]
     engines: int = 1
     policy: str = "adaptive"
+    control: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
     gateway: dict[str, Any] = field(default_factory=dict)
     grace_s: float = 30.0
     access_log: bool = False
+    workers: int = 1
+
+    def configs(self) -> list[EngineConfig]:
+        """Return the configuration of each model's engines.
+
+        Raises:
+            SageError: a model is missing or a setting is wrong.
+        """
+        from sagellm import compose
+
+        return [compose.engine_config(model, self.changes, name=name) for name, model in self.models]
 
 
 def serve_until_stopped(options: ServeOptions) -> None:
@@ -64,7 +81,7 @@ def serve_until_stopped(options: ServeOptions) -> None:
     from sagellm_gateway.config import GatewayConfig
     from sagellm_gateway.uvicorn_server import bind, refuse_open_door, server_of
 
-    configs = [compose.engine_config(model, options.changes, name=name) for name, model in options.models]
+    configs = options.configs()
     sock = bind(options.host, options.port)
     port = sock.getsockname()[1]
     fields = {"host": options.host, "port": port, "timeouts": {"grace": options.grace_s}, **options.gateway}
@@ -72,19 +89,62 @@ def serve_until_stopped(options: ServeOptions) -> None:
     if options.access_log:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         logging.getLogger("sagellm_gateway.access").setLevel(logging.INFO)
+    url = f"http://{_shown_host(options.host)}:{port}"
+    if options.workers > 1:
+        _supervise(options, gateway, sock, url)
+        return
     house = compose.build_server(
-        configs, gateway, options.changes, remember=options.port != 0, scheduling_policy=options.policy
+        configs,
+        gateway,
+        options.changes,
+        remember=options.port != 0,
+        scheduling_policy=options.policy,
+        **options.control,
     )
-    start = _Start(house, configs, options.engines, f"http://{_shown_host(options.host)}:{port}", began)
+    start = _Start(house, configs, options.engines, url, began)
     app = house.server_app(start.lifespan)
     refuse_open_door(app.state.gateway, gateway)
     start.server = server_of(app, gateway)
-    _say("isagellm", f"{__version__}, pid {os.getpid()}")
+    say("isagellm", f"{__version__}, pid {os.getpid()}")
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how one stops a server
         start.server.run(sockets=[sock])
     if start.failure is not None:
         raise SystemExit(f"error: {describe(start.failure)}")
-    _say("stopped", "")
+    say("stopped", "")
+
+
+def _supervise(options: ServeOptions, gateway: GatewayConfig, sock: socket.socket, url: str) -> None:
+    from sagellm import compose
+    from sagellm.cli.workers import Supervisor
+    from sagellm_gateway.uvicorn_server import refuse_open_door
+
+    # An application that serves nobody: it knows the keys, and whether this address may be open.
+    house = compose.build_worker([], gateway, None, {})
+    refuse_open_door(house.server_app(contextlib.nullcontext).state.gateway, gateway)
+    with sock:
+        supervisor = Supervisor(options, gateway, sock, url, house.key_state())
+        say("isagellm", f"{__version__}, pid {os.getpid()}")
+        asyncio.run(supervisor.run())
+    say("stopped", "")
+
+
+def engine_name(model_id: str, k: int, engines: int) -> str:
+    """Return the id of a model's engine number `k`, counted from 0."""
+    return model_id if engines == 1 else f"{model_id}-{k + 1}"
+
+
+def announce(url: str, began: float, keys: str, configs: list[EngineConfig]) -> None:
+    """Say that everything is up, and what to do now."""
+    say("ready", f"{url}/v1 ({time.perf_counter() - began:.1f} s)")
+    say("keys", keys)
+    if configs:
+        say("try", _curl(url, configs[0].served_id))
+    say("stop", f"Ctrl-C, or: kill {os.getpid()}")
+
+
+def _curl(url: str, model: str) -> str:
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France? Answer in one sentence."}}], "temperature": 0}}'
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
 
 
 class _Start:
@@ -122,31 +182,20 @@ class _Start:
                 self.server.should_exit = True
             return
         self.house.set_ready(True)
-        self._announce()
+        announce(self.url, self.began, self.house.key_state(), self.configs)
 
     async def _start_engine(self, config: EngineConfig, k: int) -> None:
         started = time.perf_counter()
-        engine_id = config.served_id if self.engines == 1 else f"{config.served_id}-{k + 1}"
+        engine_id = engine_name(config.served_id, k, self.engines)
         line = await self.house.start_engine(config.served_id, engine_id)
-        _say("engine", f"{line} ({time.perf_counter() - started:.1f} s)")
-
-    def _announce(self) -> None:
-        _say("ready", f"{self.url}/v1 ({time.perf_counter() - self.began:.1f} s)")
-        _say("keys", self.house.key_state())
-        if self.configs:
-            _say("try", self._curl())
-        _say("stop", f"Ctrl-C, or: kill {os.getpid()}")
-
-    def _curl(self) -> str:
-        model = self.configs[0].served_id
-        body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France? Answer in one sentence."}}], "temperature": 0}}'
-        return f"curl {self.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+        say("engine", f"{line} ({time.perf_counter() - started:.1f} s)")
 
 
 def _shown_host(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104 - shown, not bound
 
 
-def _say(what: str, text: str) -> None:
+def say(what: str, text: str) -> None:
+    """Print one line of the start."""
     sys.stdout.write(f"{what:<9}{text}".rstrip() + "\n")
     sys.stdout.flush()

@@ -1,0 +1,173 @@
+"""Engines of another process: a lifecycle driver that is told by a supervisor which engines run and where.
+
+The supervisor and its workers talk over a socket pair in JSON lines: `EngineUp` and `EngineDown` come, `RestartWanted` and
+`WorkerUp` go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from sagellm_control_plane.live.engine_log import EngineLog, log_path
+from sagellm_control_plane.live.lifecycle import EngineExit, EngineSpec, LifecycleListener
+from sagellm_control_plane.live.wire_client import WireEngineClient
+from sagellm_protocol.errors import UnavailableError, UnsupportedError
+from sagellm_protocol.ports import EngineClient
+
+__all__ = ["EngineDown", "EngineUp", "FollowerDriver", "FromWorker", "RestartWanted", "ToWorker", "WorkerUp", "line"]
+
+
+class EngineUp(msgspec.Struct, frozen=True, kw_only=True, tag="up"):
+    """An engine answers at `address`."""
+
+    engine_id: str
+    address: str
+    token: str
+    pid: int
+
+
+class EngineDown(msgspec.Struct, frozen=True, kw_only=True, tag="down"):
+    """An engine has ended."""
+
+    event: EngineExit
+
+
+class RestartWanted(msgspec.Struct, frozen=True, kw_only=True, tag="restart"):
+    """A worker sees that an engine makes no progress."""
+
+    engine_id: str
+
+
+class WorkerUp(msgspec.Struct, frozen=True, kw_only=True, tag="worker_up"):
+    """A worker serves."""
+
+    pid: int
+
+
+ToWorker = EngineUp | EngineDown
+FromWorker = RestartWanted | WorkerUp
+
+
+def line(message: ToWorker | FromWorker) -> bytes:
+    """Return a message as one line."""
+    return msgspec.json.encode(message) + b"\n"
+
+
+class FollowerDriver:
+    """A `LifecycleDriver` whose engines are started, watched and stopped by the supervisor.
+
+    Args:
+        control: the worker's end of the socket pair.
+        log_dir: where the supervisor's driver keeps the engines' logs.
+    """
+
+    def __init__(self, control: socket.socket, log_dir: Path) -> None:
+        self._control = control
+        self._log_dir = log_dir
+        self._writer: asyncio.StreamWriter | None = None
+        self._up: dict[str, EngineUp] = {}
+        self._waiting: dict[str, asyncio.Future[EngineUp]] = {}
+        self._listeners: dict[str, LifecycleListener] = {}
+        self._clients: dict[str, EngineClient] = {}
+
+    @property
+    def name(self) -> str:
+        """``follower``."""
+        return "follower"
+
+    async def follow(self) -> None:
+        """Take what the supervisor says until it ends."""
+        reader, self._writer = await asyncio.open_connection(sock=self._control)
+        decoder = msgspec.json.Decoder(ToWorker)
+        while said := await reader.readline():
+            match decoder.decode(said):
+                case EngineUp() as up:
+                    self._is_up(up)
+                case EngineDown(event=event):
+                    self._up.pop(event.engine_id, None)
+                    if event.engine_id in self._listeners:
+                        self._listeners[event.engine_id].engine_exited(event)
+
+    def _is_up(self, up: EngineUp) -> None:
+        self._up[up.engine_id] = up
+        waiting = self._waiting.pop(up.engine_id, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(up)
+        elif up.engine_id in self._listeners:
+            self._announce(up)
+
+    def _announce(self, up: EngineUp) -> EngineClient:
+        client = WireEngineClient(up.engine_id, up.address, token=up.token)
+        self._clients[up.engine_id] = client
+        self._listeners[up.engine_id].engine_ready(up.engine_id, client, up.pid)
+        return client
+
+    async def start_engine(self, spec: EngineSpec, listener: LifecycleListener) -> EngineClient:
+        """Wait until the supervisor has this engine up.
+
+        Raises:
+            UnavailableError: it has not within `spec.ready_timeout_s`.
+        """
+        engine_id = spec.engine_id
+        up = self._up.get(engine_id)
+        if up is None:
+            waiting = self._waiting.setdefault(engine_id, asyncio.get_running_loop().create_future())
+            try:
+                up = await asyncio.wait_for(waiting, spec.ready_timeout_s)
+            except asyncio.TimeoutError:
+                self._waiting.pop(engine_id, None)
+                raise UnavailableError(
+                    f"engine {engine_id!r} is none of the supervisor's: with --workers engines are those of the command line"
+                ) from None
+        self._listeners[engine_id] = listener
+        return self._announce(up)
+
+    async def adopt(
+        self, listener: LifecycleListener, found: Callable[[EngineSpec], Awaitable[None]]
+    ) -> Sequence[EngineSpec]:
+        """Nothing is left behind by a worker: the supervisor has the engines."""
+        del listener, found
+        return []
+
+    async def stop_engine(self, engine_id: str, *, grace_s: float = 10.0) -> None:
+        """Let go of an engine. It goes on: the supervisor ends it.
+
+        Raises:
+            UnsupportedError: somebody asks for it by hand (with time to drain), and not because this worker ends.
+        """
+        if grace_s > 0 and engine_id in self._listeners:
+            raise UnsupportedError(
+                "with --workers engines are started and stopped by the supervisor only", param="engine_id"
+            )
+        self._listeners.pop(engine_id, None)
+        client = self._clients.pop(engine_id, None)
+        if client is not None:
+            await client.close()
+
+    async def restart_engine(self, engine_id: str) -> None:
+        """Ask the supervisor to end an engine that makes no progress; it comes back by its restart policy."""
+        self._send(RestartWanted(engine_id=engine_id))
+
+    def serving(self, pid: int) -> None:
+        """Tell the supervisor that this worker serves."""
+        self._send(WorkerUp(pid=pid))
+
+    def _send(self, message: FromWorker) -> None:
+        if self._writer is not None:
+            self._writer.write(line(message))
+
+    def logs(self, engine_id: str, *, lines: int = 200) -> Sequence[str]:
+        """Return the last lines that the engine wrote."""
+        return EngineLog(log_path(self._log_dir, engine_id), 0).tail(lines)
+
+    async def close(self) -> None:
+        """Let go of all engines."""
+        for engine_id in list(self._clients):
+            await self.stop_engine(engine_id, grace_s=0.0)
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,89 @@
+"""``sage-llm serve --workers 2``: two gateways, one supervisor, one engine."""
+
+import os
+import re
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2
+import pytest
+
+BODY = {"model": "mock", "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "seed": 1}
+
+
+def chat(url: str, max_tokens: int = 8) -> str:
+    reply = httpx2.post(f"{url}/chat/completions", json={**BODY, "max_tokens": max_tokens}, timeout=30)
+    assert reply.status_code == 200, reply.text
+    return reply.json()["choices"][0]["message"]["content"]
+
+
+def pids(output: list[str], what: str) -> list[int]:
+    (line,) = [line for line in output if line.startswith(what)]
+    return [int(number) for number in re.findall(r"\d+", line.split("pid", 1)[1].split("(")[0])]
+
+
+def state(pid: int) -> str:
+    """The process's state letter; empty if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0].replace("Z", "")
+    except FileNotFoundError:
+        return ""
+
+
+def wait_until(condition, seconds: float = 20.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not come to pass"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def served(start_server, tmp_path):
+    server = start_server("--mock", "--workers", "2", env={"XDG_STATE_HOME": str(tmp_path)})
+    wait_until(lambda: any(line.startswith("stop") for line in server.output))
+    yield server
+    server.stop()
+
+
+def test_a_worker_is_killed(served):
+    """After kill -9 of a gateway the other one serves on with the same engine, and a new one takes its place."""
+    said, (engine,), workers = chat(served.base_url), pids(served.output, "engine"), pids(served.output, "workers")
+    os.kill(workers[0], signal.SIGKILL)
+    wait_until(lambda: any("starting another" in line for line in served.output))
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: chat(served.base_url), range(8))) == [said] * 8
+    assert state(engine)
+    assert served.stop() == 0
+    assert not any(state(pid) for pid in (engine, *workers))
+
+
+def test_the_engine_is_killed(served):
+    """After kill -9 of the engine both gateways are told of its successor, and running answers are finished by it."""
+    expected = chat(served.base_url, 300)
+    (engine,) = pids(served.output, "engine")
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(chat, served.base_url, 300) for _ in range(4)]
+        time.sleep(0.5)
+        os.kill(engine, signal.SIGKILL)
+        assert [answer.result() for answer in answers] == [expected] * 4
+    assert chat(served.base_url, 300) == expected
+
+
+def test_the_supervisor_is_killed(served):
+    """When the supervisor is killed its workers and its engine end by themselves."""
+    children = [*pids(served.output, "engine"), *pids(served.output, "workers")]
+    os.kill(served.pid, signal.SIGKILL)
+    wait_until(lambda: not any(state(pid) for pid in children))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [(["--state", "none"], "leave --state none out"), (["--auto-scale"], "decides in one process")]
+)
+def test_what_workers_cannot_share(capsys, flags, said):
+    """What would differ from worker to worker is refused by name."""
+    from sagellm.cli.main import main
+
+    assert main(["serve", "--mock", "--port", "0", "--workers", "2", *flags]) == 1
+    assert said in capsys.readouterr().err
