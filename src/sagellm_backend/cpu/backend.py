@@ -76,10 +76,6 @@ class CpuBackend:
             ValueError: a slot of the spec is missing or has another shape.
             UnsupportedError: the spec needs an operation, or the options a precision, that this backend lacks.
         """
-        if spec.experts is not None:
-            raise UnsupportedError(
-                "the cpu backend does not run mixture-of-experts layers: use --backend reference", param="backend"
-            )
         from sagellm_backend.cpu.runner import CpuRunner
 
         check_weights(spec, weights)

@@ -173,13 +173,13 @@ def _packed(model: _native.Model, layout: Layout, weights: Weights, cache_dir: s
 
     def pack(arena: Arena) -> None:
         for placed in layout.matrices:
-            tensor = weights[placed.slot]
+            tensor = weights[placed.tensor]
             model.pack_matrix(
                 placed.packed,
                 placed.outputs,
                 placed.inputs,
                 tensor.format.name,
-                np.ascontiguousarray(tensor.data),
+                np.ascontiguousarray(placed.part(tensor.data)),
                 arena,
                 placed.offset,
                 placed.panel_stride,
@@ -195,7 +195,7 @@ def _packed(model: _native.Model, layout: Layout, weights: Weights, cache_dir: s
 def _config(spec: DecoderSpec) -> dict[str, object]:
     """The spec as the native side reads it."""
     ropes = [spec.rope] if spec.rope_local is None else [spec.rope, spec.rope_local]
-    layers = range(spec.n_layers)
+    layers, experts = range(spec.n_layers), spec.experts
     return {
         "n_layers": spec.n_layers,
         "d_model": spec.d_model,
@@ -218,6 +218,11 @@ def _config(spec: DecoderSpec) -> dict[str, object]:
         "qk_norm_full": spec.qk_norm == "full",
         "qkv_bias": spec.qkv_bias,
         "o_bias": spec.o_bias,
+        "n_experts": experts.n_experts if experts else 0,
+        "experts_top_k": experts.top_k if experts else 0,
+        "experts_d_ff": experts.d_ff if experts else 0,
+        "experts_normalize": experts.normalize if experts else True,
+        "expert_layer": [experts is not None and layer in spec.expert_layers for layer in layers],
         "activation": _ACTIVATIONS[spec.activation],
         "windows": [spec.window(layer) for layer in layers],
         "layer_rope": [int(spec.rope_of(layer) is not spec.rope) for layer in layers],

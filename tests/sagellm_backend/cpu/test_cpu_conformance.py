@@ -9,15 +9,14 @@ import pytest
 
 from sagellm_backend.base import LoadOptions
 from sagellm_backend.conformance import CHECKS, Kit
-from sagellm_backend.conformance_specs import SPECS
 from sagellm_backend.cpu import CpuBackend
 from sagellm_backend.cpu.backend import ISA_VARIABLE
 
 _native = pytest.importorskip("sagellm_backend.cpu._native", reason="built without the extension")
 
-DENSE = {name: spec for name, spec in SPECS.items() if spec.experts is None}
+
 OPTIONS = LoadOptions(n_blocks=64, max_rows=256, max_logit_rows=64, threads=2)
-BF16 = Kit(CpuBackend(), tolerance=0.1, format_tolerance=0.3, options=OPTIONS, specs=DENSE)
+BF16 = Kit(CpuBackend(), tolerance=0.1, format_tolerance=0.3, options=OPTIONS)
 EXACT = replace(BF16, tolerance=2e-3, options=replace(OPTIONS, kv_dtype="f32"), formats=())
 
 

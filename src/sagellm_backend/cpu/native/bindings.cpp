@@ -49,6 +49,7 @@ Rope rope_from(const nb::dict& d) {
 Config config_from(const nb::dict& d) {
   Config c;
   for (auto [key, field] : {std::pair{"n_layers", &c.n_layers}, {"d_model", &c.d_model}, {"n_heads", &c.n_heads},
+                            {"n_experts", &c.n_experts}, {"experts_top_k", &c.experts_top_k}, {"experts_d_ff", &c.experts_d_ff},
                             {"n_kv_heads", &c.n_kv_heads}, {"head_dim", &c.head_dim}, {"d_ff", &c.d_ff}, {"vocab", &c.vocab}})
     *field = get<int>(d, key);
   for (auto [key, field] : {std::pair{"norm_eps", &c.norm_eps}, {"attention_scale", &c.attention_scale},
@@ -57,9 +58,10 @@ Config config_from(const nb::dict& d) {
     *field = get<float>(d, key);
   for (auto [key, field] : {std::pair{"pre_norm", &c.pre_norm}, {"post_norm", &c.post_norm}, {"tied_head", &c.tied_head},
                             {"qk_norm_head", &c.qk_norm_head}, {"qk_norm_full", &c.qk_norm_full}, {"qkv_bias", &c.qkv_bias},
-                            {"o_bias", &c.o_bias}})
+                            {"o_bias", &c.o_bias}, {"experts_normalize", &c.experts_normalize}})
     *field = get<bool>(d, key);
   c.activation = static_cast<Activation>(get<int>(d, "activation"));
+  c.expert_layer = get<std::vector<bool>>(d, "expert_layer");
   c.windows = get<std::vector<int>>(d, "windows");
   c.layer_rope = get<std::vector<int>>(d, "layer_rope");
   for (nb::handle rope : d["ropes"]) c.ropes.push_back(rope_from(nb::cast<nb::dict>(rope)));

@@ -7,14 +7,6 @@
 #include "pack.hpp"
 
 namespace sage {
-namespace {
-
-constexpr size_t kRowBlockBytes = 256 << 10;  // of activations that stay in a core's cache
-
-int row_block(int k) { return std::max(24, static_cast<int>(kRowBlockBytes) / std::max(k, 1) / 24 * 24); }
-
-}  // namespace
-
 Forward::Forward(Model& model, const StepInput& in, const StepOutput& out)
     : m_(model), c_(model.config_), kernel_(model.kernels_), s_(model.scratch_), in_(in), out_(out), group_(c_.n_heads / c_.n_kv_heads) {
   rows_.reserve(in.rows);
@@ -24,7 +16,7 @@ Forward::Forward(Model& model, const StepInput& in, const StepOutput& out)
   }
   // A decode step needs no barrier between a head's new token and its attention: one task does both.
   fused_ = std::all_of(in.lengths, in.lengths + in.sequences, [](int n) { return n == 1; }) && group_ <= kLanes && !c_.qk_norm_full;
-  few_ = in.rows <= kFewRows && !c_.post_norm && !c_.o_bias;
+  few_ = in.rows <= kFewRows && !c_.post_norm && !c_.o_bias && c_.n_experts == 0;
   plan_attention();
 }
 
@@ -37,27 +29,6 @@ void Forward::plan_attention() {
   }
   auto last = [this](const Tile& t) { return in_.starts[t.sequence] + (t.first + t.lanes - 1) / group_; };
   std::stable_sort(tiles_.begin(), tiles_.end(), [&](const Tile& a, const Tile& b) { return last(a) > last(b); });
-}
-
-template <class F>
-void Forward::share(int items, size_t loop, F&& f) {
-  const int chunk = std::max(1, items / (m_.pool_.size() * 16));
-  for (int i = s_.loops->take(loop, chunk); i < items; i = s_.loops->take(loop, chunk))
-    for (int j = i; j < std::min(items, i + chunk); j++) f(j);
-}
-
-template <class F>
-void Forward::share_panels(int panels, int k, int thread, size_t loop, F&& f) {
-  if (in_.rows <= kFewRows) {
-    const long long threads = m_.pool_.size();
-    for (int p = static_cast<int>(panels * thread / threads); p < panels * (thread + 1) / threads; p++) f(p, 0, in_.rows);
-    return;
-  }
-  const int size = row_block(k), blocks = (in_.rows + size - 1) / size;
-  share(panels * blocks, loop, [&](int item) {
-    const int row0 = item / panels * size;
-    f(item % panels, row0, std::min(size, in_.rows - row0));
-  });
 }
 
 void Forward::run() {
@@ -74,9 +45,9 @@ void Forward::work(int thread) {
   size_t loop = 0;
   embed(thread);
   if (few_) pool.barrier();
-  for (int i = 0; i < c_.n_layers; i++, loop += 5) layer(i, thread, loop);
+  for (int i = 0; i < c_.n_layers; i++, loop += 6) layer(i, thread, loop);
   if (in_.n_logits == 0) return;
-  if (c_.post_norm) pool.barrier();  // the last branch was added by rows
+  if (c_.post_norm || c_.n_experts > 0) pool.barrier();  // the last branch was added by rows
   const bool hidden_only = in_.sampling->empty();
   const float* x = s_.x.as<float>();
   for (int i = thread; i < in_.n_logits; i += pool.size()) {
@@ -90,12 +61,6 @@ void Forward::work(int thread) {
   head(thread, loop);
   pool.barrier();
   sample(thread, loop + 1);
-}
-
-// Rows are dealt in equal contiguous shares; row r of all row-wise phases belongs to the same thread.
-static std::pair<int, int> rows_of(int rows, int thread, int threads) {
-  return {static_cast<int>(static_cast<long long>(rows) * thread / threads),
-          static_cast<int>(static_cast<long long>(rows) * (thread + 1) / threads)};
 }
 
 void Forward::embed(int thread) {
@@ -274,12 +239,7 @@ void Forward::layer(int index, int thread, size_t loop) {
   if (!straight_o) branch_norm(thread, y.post_attn_norm, y.o_bias);
   norm_rows(thread, y.ffn_norm);
 
-  share_panels(y.gate.panels(), c_.d_model, thread, loop + 3,
-               [&](int unit, int row0, int rows) { gate_up(y, unit, row0, rows, thread); });
-  pool.barrier();
-
-  project(y.down, s_.hidden.view(), !y.post_ffn_norm, thread, loop + 4);
-  pool.barrier();
+  feed_forward(y, thread, loop + 3);
   if (y.post_ffn_norm) branch_norm(thread, y.post_ffn_norm, nullptr);
 }
 
@@ -294,6 +254,16 @@ void Forward::prepare_head(float* row, int i) {
   const int8_t* q = to.q + at * to.ld;
   for (int j = 0; j < c_.d_model; j++) row[j] -= meta[j / kGroup].scale * static_cast<float>(q[j]);
   kernel_.prepare(row, 0, c_.d_model, to, at + 1);
+}
+
+void Forward::feed_forward(const Layer& y, int thread, size_t loop) {
+  ThreadPool& pool = m_.pool_;
+  if (!y.experts.empty()) return experts(y, !y.post_ffn_norm, thread, loop);  // ends with each row at its thread
+  share_panels(y.gate.panels(), c_.d_model, thread, loop,
+               [&](int unit, int row0, int rows) { gate_up(y, unit, row0, rows, thread); });
+  pool.barrier();
+  project(y.down, s_.hidden.view(), !y.post_ffn_norm, thread, loop + 1);
+  pool.barrier();
 }
 
 void Forward::head(int thread, size_t loop) {

@@ -1,9 +1,15 @@
 // One engine step: every layer over all rows in one parallel region.
 #pragma once
 
+#include <algorithm>
+
 #include "model.hpp"
 
 namespace sage {
+
+constexpr size_t kRowBlockBytes = 256 << 10;  // of activations that stay in a core's cache
+
+inline int row_block(int k) { return std::max(24, static_cast<int>(kRowBlockBytes) / std::max(k, 1) / 24 * 24); }
 
 class Forward {
  public:
@@ -30,6 +36,12 @@ class Forward {
   void rotate_heads(float* heads, int n_heads, const float* norm, int index, int row, int thread);
   void attend(int index, const Tile& tile, int thread);
   void gate_up(const Layer& y, int unit, int row0, int rows, int thread);
+  void experts(const Layer& y, bool straight, int thread, size_t loop);
+  void route(int row);
+  void deal_experts();
+  void expert_unit(const Expert& x, int unit, int first, int rows, int thread);
+  void combine(int row, bool straight);
+  void feed_forward(const Layer& y, int thread, size_t loop);
   void project(const Packed& w, const Activations& x, bool straight, int thread, size_t loop);
   void prepare_head(float* row, int i);
   void head(int thread, size_t loop);
@@ -37,6 +49,12 @@ class Forward {
   void sample(int thread, size_t loop);
   void sample_row(int i, int thread);
   bool stores_logits(int i) const { return out_.logits || !(*in_.sampling)[i].plain_greedy(); }
+
+  // Rows are dealt in equal contiguous shares; row r of all row-wise phases belongs to the same thread.
+  static std::pair<int, int> rows_of(int rows, int thread, int threads) {
+    return {static_cast<int>(static_cast<long long>(rows) * thread / threads),
+            static_cast<int>(static_cast<long long>(rows) * (thread + 1) / threads)};
+  }
 
   // Call f(item) for every item once over all threads; the caller puts a barrier behind it.
   template <class F>
@@ -58,5 +76,26 @@ class Forward {
   std::vector<int> first_row_;  // of each sequence
   std::vector<Tile> tiles_;
 };
+
+template <class F>
+void Forward::share(int items, size_t loop, F&& f) {
+  const int chunk = std::max(1, items / (m_.pool_.size() * 16));
+  for (int i = s_.loops->take(loop, chunk); i < items; i = s_.loops->take(loop, chunk))
+    for (int j = i; j < std::min(items, i + chunk); j++) f(j);
+}
+
+template <class F>
+void Forward::share_panels(int panels, int k, int thread, size_t loop, F&& f) {
+  if (in_.rows <= kFewRows) {
+    const long long threads = m_.pool_.size();
+    for (int p = static_cast<int>(panels * thread / threads); p < panels * (thread + 1) / threads; p++) f(p, 0, in_.rows);
+    return;
+  }
+  const int size = row_block(k), blocks = (in_.rows + size - 1) / size;
+  share(panels * blocks, loop, [&](int item) {
+    const int row0 = item / panels * size;
+    f(item % panels, row0, std::min(size, in_.rows - row0));
+  });
+}
 
 }  // namespace sage

@@ -98,6 +98,17 @@ void Model::resolve_layer(int index) {
   y.k = matrix_slot(at + "k", c.kv_size(), c.d_model);
   y.v = matrix_slot(at + "v", c.kv_size(), c.d_model);
   y.o = matrix_slot(at + "o", c.d_model, c.q_size());
+  if (c.expert_layer[index]) {
+    y.router = matrix_slot(at + "router", c.n_experts, c.d_model);
+    for (int e = 0; e < c.n_experts; e++) {
+      std::string number(1, '.');
+      number += std::to_string(e);
+      y.experts.push_back({matrix_slot(at + "experts.gate" + number, c.experts_d_ff, c.d_model),
+                           matrix_slot(at + "experts.up" + number, c.experts_d_ff, c.d_model),
+                           matrix_slot(at + "experts.down" + number, c.d_model, c.experts_d_ff)});
+    }
+    return;
+  }
   y.gate = matrix_slot(at + "gate", c.d_ff, c.d_model);
   y.up = matrix_slot(at + "up", c.d_ff, c.d_model);
   y.down = matrix_slot(at + "down", c.d_model, c.d_ff);
@@ -146,8 +157,14 @@ void Model::take_scratch(const Limits& limits) {
   s.logits = Memory(logit_rows * s.ld_logits * 4);
   std::vector<WeightFormat> block_in, attn_in, ffn_in;
   for (const Layer& y : layers_) {
-    for (const Packed* w : {&y.q, &y.k, &y.v, &y.gate, &y.up}) block_in.push_back(w->format);
+    for (const Packed* w : {&y.q, &y.k, &y.v}) block_in.push_back(w->format);
     attn_in.push_back(y.o.format);
+    if (!y.experts.empty()) {
+      block_in.push_back(y.router.format);
+      for (const Expert& x : y.experts) block_in.insert(block_in.end(), {x.gate.format, x.up.format});
+      continue;
+    }
+    block_in.insert(block_in.end(), {y.gate.format, y.up.format});
     ffn_in.push_back(y.down.format);
   }
   s.normed = ActivationBuffer(limits.max_rows, c.d_model, block_in);
@@ -169,7 +186,29 @@ void Model::take_scratch(const Limits& limits) {
     t.best.resize(logit_rows);
     t.index.resize(logit_rows);
   }
-  s.loops = std::make_unique<Loops>(static_cast<size_t>(c.n_layers) * 5 + 4);
+  take_expert_scratch(limits);
+  s.loops = std::make_unique<Loops>(static_cast<size_t>(c.n_layers) * 6 + 4);
+}
+
+void Model::take_expert_scratch(const Limits& limits) {
+  const Config& c = config_;
+  if (c.n_experts == 0) return;
+  ExpertScratch& e = scratch_.experts;
+  const size_t rows = static_cast<size_t>(limits.max_rows), entries = rows * c.experts_top_k;
+  std::vector<WeightFormat> in, out;
+  for (const Layer& y : layers_)
+    for (const Expert& x : y.experts) {
+      in.insert(in.end(), {x.gate.format, x.up.format});
+      out.push_back(x.down.format);
+    }
+  e.ld_router = round_up(c.n_experts, kPanel);
+  e.router = Memory(rows * e.ld_router * 4);
+  e.parts = Memory(entries * scratch_.ld_x * 4);
+  e.gathered = ActivationBuffer(static_cast<int>(entries), c.d_model, in);
+  e.hidden = ActivationBuffer(static_cast<int>(entries), c.experts_d_ff, out);
+  for (auto* v : {&e.chosen, &e.place, &e.entry}) v->resize(entries);
+  e.order.resize(rows * c.n_experts);
+  e.share.resize(entries);
 }
 
 void Model::check(const StepInput& in, bool hidden_only) const {

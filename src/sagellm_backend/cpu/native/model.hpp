@@ -27,6 +27,9 @@ struct Config {
   bool pre_norm = true, post_norm = false, tied_head = false;
   bool qk_norm_head = false, qk_norm_full = false, qkv_bias = false, o_bias = false;
   Activation activation = Activation::Silu;
+  int n_experts = 0, experts_top_k = 0, experts_d_ff = 0;
+  bool experts_normalize = true;
+  std::vector<bool> expert_layer;  // per layer
   std::vector<int> windows;     // per layer; 0 is full
   std::vector<int> layer_rope;  // per layer, index into ropes
   std::vector<Rope> ropes;
@@ -35,10 +38,17 @@ struct Config {
   int kv_size() const { return n_kv_heads * head_dim; }
 };
 
+struct Expert {
+  Packed gate, up, down;
+};
+
 struct Layer {
   const float *attn_norm = nullptr, *ffn_norm = nullptr, *post_attn_norm = nullptr, *post_ffn_norm = nullptr;
   const float *q_norm = nullptr, *k_norm = nullptr, *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *o_bias = nullptr;
-  Packed q, k, v, o, gate, up, down;
+  Packed q, k, v, o;
+  Packed gate, up, down;        // a dense layer
+  Packed router;                // a layer of experts
+  std::vector<Expert> experts;
 };
 
 // Memory behind `Activations` for a number of rows, with the views that the given weights read.
@@ -96,6 +106,19 @@ struct StepOutput {
   float* hidden;  // [n_logits][d_model] or null
 };
 
+// Rows of an expert layer, sorted by expert. An entry is (row, choice): row · top_k + choice.
+struct ExpertScratch {
+  struct Job {
+    int expert, first, rows;
+  };
+  size_t ld_router = 0;
+  Memory router, parts;
+  ActivationBuffer gathered, hidden;
+  std::vector<int> chosen, place, entry, order;  // by entry, entry -> place, place -> entry; room to sort a row's experts
+  std::vector<float> share;
+  std::vector<Job> jobs;
+};
+
 struct Scratch {
   size_t ld_x = 0, ld_qkv = 0, ld_attn = 0, ld_logits = 0;
   int q_at = 0, k_at = 0, v_at = 0;  // columns in the qkv rows
@@ -112,6 +135,7 @@ struct Scratch {
     std::vector<int> index;
   };
   std::vector<Thread> threads;
+  ExpertScratch experts;
   std::unique_ptr<Loops> loops;
 };
 
@@ -143,6 +167,7 @@ class Model {
   const float* vector_slot(const std::string& slot, int n) const;
   Packed matrix_slot(const std::string& slot, int n, int k) const;
   void resolve_layer(int layer);
+  void take_expert_scratch(const Limits& limits);
   void take_scratch(const Limits& limits);
   void check(const StepInput& in, bool hidden_only) const;
   void check_block(int block) const;

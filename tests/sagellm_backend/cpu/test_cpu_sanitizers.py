@@ -1,0 +1,66 @@
+"""The native code under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NATIVE = Path(__file__).parents[3] / "src/sagellm_backend/cpu/native"
+
+SCRIPT = """
+import importlib.util, sys
+import sagellm_backend
+spec = importlib.util.spec_from_file_location("sagellm_backend.cpu._native", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+sys.modules["sagellm_backend.cpu._native"] = module
+spec.loader.exec_module(module)
+import sagellm_backend.cpu
+sagellm_backend.cpu._native = module
+import os, pytest
+os.environ["SAGELLM_TEST_SANITIZED"] = "1"
+from dataclasses import replace
+from sagellm_backend.base import LoadOptions
+from sagellm_backend.conformance import CHECKS, Kit
+from sagellm_backend.cpu import CpuBackend
+for isa in module.supported_isas():
+    os.environ["SAGELLM_CPU_ISA"] = isa
+    for kv in ("bf16", "int8", "f32"):
+        options = LoadOptions(n_blocks=64, max_rows=256, max_logit_rows=64, threads=3, kv_dtype=kv)
+        kit = Kit(CpuBackend(), tolerance=0.15, format_tolerance=0.4, options=options)
+        for check in CHECKS:
+            check(kit)
+        print(isa, kv, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_no_bad_access_and_no_undefined_behaviour(tmp_path: Path) -> None:
+    """The whole kit runs clean with the sanitizers on, on every instruction set and cache precision."""
+    compiler, cmake = shutil.which("g++"), shutil.which("cmake")
+    if compiler is None or cmake is None:
+        pytest.skip("needs g++ and cmake")
+    out, build = tmp_path / "out", tmp_path / "build"
+    options = ["-DSAGE_SANITIZE=ON", f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}"]
+    subprocess.run([cmake, "-S", str(NATIVE), "-B", str(build), *options], check=True, capture_output=True)
+    subprocess.run([cmake, "--build", str(build), "--parallel", "2"], check=True, capture_output=True)
+    (module,) = out.glob("_native*.so")
+    runtime = [
+        subprocess.check_output([compiler, f"-print-file-name={lib}.so"], text=True).strip()
+        for lib in ("libasan", "libubsan")
+    ]
+    libstdcxx = subprocess.check_output([compiler, "-print-file-name=libstdc++.so.6"], text=True).strip()
+    env = {
+        **os.environ,
+        "LD_PRELOAD": " ".join([*runtime, libstdcxx]),
+        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(module)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
