@@ -42,16 +42,14 @@ class Metrics:
         self.tokens = Counter("sagellm_tokens", "Tokens by model and kind.", ["model", "kind"], registry=registry)
         in_flight = Gauge("sagellm_http_in_flight", "Requests that run or wait.", registry=registry)
         in_flight.set_function(lambda: len(gateway.in_flight))
-        waiting = Gauge("sagellm_queue_length", "Requests that wait for an engine.", registry=registry)
-        waiting.set_function(self._waiting)
         ready = Gauge("sagellm_ready", "1 when new work is taken.", registry=registry)
         ready.set_function(lambda: float(gateway.ready and not gateway.draining))
+        if hasattr(gateway.manager, "get_cluster_status"):
+            from sagellm_gateway.plane_metrics import PlaneCollector
+
+            registry.register(PlaneCollector(gateway.manager))
         self._models: dict[str, str] = {}
         self._children: dict[tuple[str, int, str], tuple[Any, Any]] = {}
-
-    def _waiting(self) -> float:
-        status = getattr(self._gateway.manager, "get_status", None)
-        return float(status().get("waiting_requests", 0)) if status is not None else 0.0
 
     def observe(self, scope: Scope, status: int, seconds: float) -> None:
         """Count a request that has ended."""

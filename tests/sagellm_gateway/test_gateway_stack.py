@@ -59,6 +59,20 @@ def test_overflow_has_both_numbers(stack_http: httpx2.Client) -> None:
     assert "2048" in error["message"]
 
 
+def test_metrics_show_the_control_plane(stack_http: httpx2.Client) -> None:
+    """Engines, KV blocks, decisions and waiting requests are on /metrics, by model and engine."""
+    stack_http.post("/v1/chat/completions", json=CHAT)
+    text = stack_http.get("/metrics").text
+    assert 'sagellm_engine_healthy{engine="mock",model="mock"} 1.0' in text
+    for name in (
+        "sagellm_engine_kv_blocks{",
+        "sagellm_scheduler_decisions_total ",
+        'sagellm_waiting_requests{model="mock"}',
+    ):
+        assert name in text
+    assert 'sagellm_time_to_first_token_seconds_count{model="mock"}' in text
+
+
 def test_management_shows_and_changes(stack_http: httpx2.Client) -> None:
     """Engines, status, backends, policy: read and set; what does not exist is a 404, what is wrong a 400."""
     listed = stack_http.get("/v1/management/engines").json()
