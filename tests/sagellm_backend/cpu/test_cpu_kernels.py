@@ -25,7 +25,7 @@ PACKED = {
     "BF16": Format.BF16,
     "F32": Format.F32,
 }
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=40, deadline=None)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -96,7 +96,7 @@ def test_rotation_equals_the_twin(isa: str, seed: int, half: int, interleaved: b
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     ISAS,
     st.sampled_from([("f32", 2e-5), ("bf16", 4e-2)]),
@@ -119,7 +119,7 @@ def test_attention_equals_the_twin(
     np.testing.assert_allclose(got, want, rtol=0, atol=kv[1])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     ISAS,
     SEEDS,

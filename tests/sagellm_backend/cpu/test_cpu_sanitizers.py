@@ -21,9 +21,8 @@ sys.modules["sagellm_backend.cpu._native"] = module
 spec.loader.exec_module(module)
 import sagellm_backend.cpu
 sagellm_backend.cpu._native = module
-import os, pytest
-os.environ["SAGELLM_TEST_SANITIZED"] = "1"
-from dataclasses import replace
+import os
+
 from sagellm_backend.base import LoadOptions
 from sagellm_backend.conformance import CHECKS, Kit
 from sagellm_backend.cpu import CpuBackend
@@ -62,5 +61,7 @@ def test_no_bad_access_and_no_undefined_behaviour(tmp_path: Path) -> None:
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(module)], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(module)], check=False, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
