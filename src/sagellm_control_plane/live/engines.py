@@ -199,6 +199,7 @@ class Engines:
             client = await driver.start_engine(spec, self)
             if engine.description is None:
                 engine.description = await client.describe()
+            engine.info.engine_kind = engine.description.kind
         except (SageError, asyncio.CancelledError):
             self._dispatcher.forget(engine_id)
             await driver.stop_engine(engine_id, grace_s=0.0)
@@ -278,6 +279,7 @@ class Engines:
     async def _describe_then_ready(self, engine: Engine, client: EngineClient) -> None:
         try:
             engine.description = await client.describe()
+            engine.info.engine_kind = engine.description.kind
         except SageError as error:
             self._dispatcher.engine_died(engine.info.engine_id, error.message, restarting=True)
             return
