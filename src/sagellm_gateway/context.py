@@ -230,8 +230,9 @@ class Call:
         Raises:
             ModelNotFoundError: it is not served.
         """
-        found: Mapping[str, float] = self.gateway.manager.chat_model(model).sampling_defaults
-        return found
+        found = self.gateway.manager.chat_model(model)
+        # An embedding model has none; asking it to generate is refused further down.
+        return getattr(found, "sampling_defaults", {})
 
     def path(self, name: str) -> str:
         """Return a parameter of the route."""

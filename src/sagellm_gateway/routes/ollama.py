@@ -148,6 +148,7 @@ class NameBody(msgspec.Struct, kw_only=True):
 async def show(call: Call) -> None:
     """POST /api/show."""
     name = await served(call, convert(await call.json_object(), NameBody).given())
+    kind = next(entry["kind"] for entry in await model_entries(call) if entry["id"] == name)
     model = call.gateway.manager.chat_model(name)
     entry = next(_entry(m) for m in await _models(call, on_disk=False) if m.name == name)
     family = entry["details"]["family"] or "llama"
@@ -158,7 +159,7 @@ async def show(call: Call) -> None:
             "template": getattr(model, "chat_template", None) or "",
             "details": entry["details"],
             "model_info": {"general.architecture": family, f"{family}.context_length": model.context_length},
-            "capabilities": ["completion", "tools"],
+            "capabilities": ["completion", "tools"] if kind == "llm" else ["embedding"],
             "modified_at": entry["modified_at"],
         }
     )
