@@ -60,6 +60,9 @@ SETTINGS: dict[str, Setting] = {
         Setting("host", str, "127.0.0.1", "address to listen on"),
         Setting("port", int, 8889, "port to listen on; 0 takes a free one"),
         Setting("state", str, None, "SQLite file for keys, sessions and stored responses; 'none' keeps them in memory"),
+        Setting(
+            "api_key_file", str, None, "file of API keys of the role user, one a line, kept as hashes in the state"
+        ),
         Setting("require_key", bool, False, "demand an API key even when none was made yet"),
         Setting("allowed_hosts", list, [], "further names that the Host header may hold"),
         Setting("cors", list, [], "web origins that a browser may call from"),

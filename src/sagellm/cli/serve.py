@@ -63,6 +63,9 @@ def serve(
             help="SQLite file for keys, sessions, stored responses; none keeps them in memory.", rich_help_panel=_ACCESS
         ),
     ] = None,
+    api_key_file: Annotated[
+        str | None, typer.Option(help="File of API keys (role user), one a line.", rich_help_panel=_ACCESS)
+    ] = None,
     require_key: Annotated[
         bool, typer.Option("--require-key", help="Demand an API key even if none was made.", rich_help_panel=_ACCESS)
     ] = False,
@@ -178,12 +181,35 @@ def _gateway(values: dict[str, Any]) -> dict[str, Any]:
         file = Path(state).expanduser() if state else settings.state_path()
         file.parent.mkdir(parents=True, exist_ok=True)
         path = str(file)
+    if values["api_key_file"]:
+        _add_keys(Path(values["api_key_file"]).expanduser(), path)
     return {
         "state_path": path,
         "require_key": values["require_key"] or None,
         "access_log": values["access_log"],
         "origins": {"hosts": values["allowed_hosts"], "cors": values["cors"]},
     }
+
+
+def _add_keys(file: Path, state: str | None) -> None:
+    """Keep the hashes of the file's keys in the state, those that are not there yet."""
+    from sagellm_gateway.store.database import Database
+    from sagellm_gateway.store.keys import KeyStore
+
+    if state is None:
+        raise InvalidArgumentError(
+            "--api-key-file needs a state to keep the keys' hashes: drop --state none", param="api_key_file"
+        )
+    secrets = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    secrets = [line for line in secrets if line and not line.startswith("#")]
+    if not secrets:
+        raise InvalidArgumentError(f"{file} has no key: write one a line", param="api_key_file")
+    database = Database(state)
+    try:
+        for k, secret in enumerate(secrets):
+            KeyStore(database).ensure(secret, f"{file.name}-{k + 1}")
+    finally:
+        database.close()
 
 
 def _split(text: str, name: str | None) -> tuple[str | None, str]:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from sagellm import catalogue, settings
@@ -161,6 +162,22 @@ def test_keys_are_made_listed_and_revoked_while_a_server_runs(start_server: Any,
     deadline = time.monotonic() + 15
     while run("ps", *url, "--api-key", secret).returncode == 0:
         assert time.monotonic() < deadline, "the revoked key still opens"
+
+
+def test_keys_from_a_file_open_the_server(start_server: Any, tmp_path: Path) -> None:
+    """--api-key-file lets its keys in and nobody else; an empty file is refused."""
+    file = tmp_path / "keys"
+    file.write_text("# ours\nsk-test-0123456789abcdef0123456789abcdef\n")
+    server = start_server("--mock", "--state", str(tmp_path / "state.sqlite"), "--api-key-file", str(file))
+    with httpx2.Client() as http:
+        assert http.get(f"{server.base_url}/models").status_code == 401
+        headers = {"authorization": "Bearer sk-test-0123456789abcdef0123456789abcdef"}
+        assert http.get(f"{server.base_url}/models", headers=headers).status_code == 200
+    file.write_text("# none\n")
+    assert (
+        "has no key"
+        in run("serve", "--mock", "--port", "0", "--api-key-file", str(file), "--state", str(tmp_path / "s")).stderr
+    )
 
 
 @pytest.mark.model
