@@ -49,8 +49,8 @@ class RetryConfig(msgspec.Struct, frozen=True, kw_only=True):
         max_attempts: engines that one request may be sent to, the first included.
         budget_ratio: retries before the first token, as a share of arrivals.
         budget_min: retries that are always allowed, refilled at a tenth of this a second.
-        poison_limit: suspicion at which a request is failed and not sent on; one engine that died while the request was
-            the only one that could be blamed adds 1, a death among other suspects 0.5, and progress clears it.
+        poison_limit: suspicion at which a request is failed and not sent on. An engine that died with this request alone, or as
+            the only suspect of an earlier death, adds 1; a death among others before any progress 0.5; progress clears it.
         recovery_wait_s: how long a stream that has begun waits for an engine to come back when none is left.
         retry_wait_s: the same for a request without a first token.
     """

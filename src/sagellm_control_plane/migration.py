@@ -51,16 +51,18 @@ def hedge_budget(config: HedgeConfig) -> Budget:
     return Budget(config.budget_ratio, 0.0, 0.0)
 
 
-def blame(engine: EngineView, now: float, *, progressed: bool) -> float:
+def blame(engine: EngineView, now: float, *, progressed: bool, suspect: bool) -> float:
     """Return how much an engine's death speaks against one of the requests that it held.
 
-    Call it while the request's lease is open. A request that produced tokens there is a suspect only if it was alone; one
-    that did not is blamed fully when it was the only such one, and half when there were others.
+    Call it while the request's lease is open. Fully, if it was alone there, or the only one that an earlier death had made a suspect;
+    half, if it had made no progress and there were others; not at all, if it had.
     """
     note_death(engine, now)
     if engine.death_alone:
-        return 0.0 if progressed and engine.running - engine.decoding > 0 else 1.0
-    return 0.0 if progressed else 0.5
+        return 1.0
+    if progressed:
+        return 0.0
+    return 1.0 if suspect and engine.death_suspects == 1 else 0.5
 
 
 def note_death(engine: EngineView, now: float) -> None:
@@ -68,5 +70,5 @@ def note_death(engine: EngineView, now: float) -> None:
     if now - engine.death_at <= SAME_DEATH_S:
         return
     engine.death_at = now
-    unproven = engine.running - engine.decoding
-    engine.death_alone = unproven == 1 or (unproven == 0 and engine.running == 1)
+    engine.death_alone = engine.running == 1
+    engine.death_suspects = engine.suspects

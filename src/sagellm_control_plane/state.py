@@ -469,7 +469,7 @@ class ControlState:
         engine = attempt.lease.engine
         died = event.error.code is ErrorCode.ENGINE_DIED
         if died:
-            share = migration.blame(engine, now, progressed=attempt.first_at is not None)
+            share = migration.blame(engine, now, progressed=attempt.first_at is not None, suspect=attempt.lease.suspect)
             record.suspicion += share
         self._return_leases(attempt)
         commands: list[Command] = []

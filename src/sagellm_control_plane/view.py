@@ -129,6 +129,7 @@ class EngineView:
         "context_tokens",
         "death_alone",
         "death_at",
+        "death_suspects",
         "decoding",
         "engine_id",
         "failed",
@@ -163,6 +164,7 @@ class EngineView:
         self.suspects = 0
         self.death_at = float("-inf")
         self.death_alone = False
+        self.death_suspects = 0
         self.busy_since = 0.0
         self.completed = 0
         self.failed = 0

@@ -20,7 +20,8 @@ from sagellm_control_plane.live.lifecycle import EngineSpec, RestartPolicy
 from sagellm_control_plane.live.process_driver import ProcessDriver, ProcessOptions
 from sagellm_control_plane.manager import ControlPlaneManager
 from sagellm_control_plane.types import EngineState
-from sagellm_core.config import EngineConfig, Limits, MockOptions
+from sagellm_core.config import DeviceOptions, EngineConfig, Limits, MockOptions
+from sagellm_core.text import load_chat_model
 from sagellm_core.text.bytes_model import ByteChatModel
 from sagellm_protocol.errors import SageError
 from sagellm_protocol.generation import ChoiceDelta, GenerationEnd, GenerationRequest
@@ -55,11 +56,11 @@ def argv(spec, socket):
 
 
 @asynccontextmanager
-async def house(tmp_path, log, engines=ENGINES):
+async def house(tmp_path, log, engines=ENGINES, catalog=None, health=HEALTH):
     driver = ProcessDriver(argv, ProcessOptions(run_dir=tmp_path / "r", log_dir=tmp_path / "l"))
-    config = CoreConfig(health=HEALTH, retry=RetryConfig(budget_min=10_000.0))
+    config = CoreConfig(health=health, retry=RetryConfig(budget_min=10_000.0))
     manager = ControlPlaneManager(
-        config=config, driver=driver, catalog=Catalog(), seed=5, restart_policy=RESTART, decision_log=log
+        config=config, driver=driver, catalog=catalog or Catalog(), seed=5, restart_policy=RESTART, decision_log=log
     )
     await manager.start()
     try:
@@ -183,6 +184,50 @@ async def chaos(tmp_path, count, at_once, seed):
 async def test_no_stream_is_lost_when_engines_are_killed_frozen_and_aborted(tmp_path):
     """While one healthy engine remains no client sees an error or a wrong token, and the log of decisions replays."""
     await chaos(tmp_path, count=240, at_once=32, seed=3)
+
+
+class RealCatalog:
+    def __init__(self, path):
+        self.path = path
+
+    def models(self):
+        return ["mock"]
+
+    def engine_spec(self, model_id, engine_id, options):
+        config = EngineConfig(
+            model=str(self.path),
+            model_id=model_id,
+            engine_id=engine_id,
+            limits=Limits(parallel=8, n_ctx=512),
+            device=DeviceOptions(threads=1),
+        )
+        return EngineSpec(engine_id=engine_id, model_id=model_id, config=msgspec.to_builtins(config))
+
+    def chat_model(self, model_id):
+        return load_chat_model(self.path, model_id, 512)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.timeout(300)
+async def test_a_real_model_continues_token_for_token(tmp_path, default_model_path):
+    """With a real model on two engine processes, streams of a killed engine go on with the very same tokens."""
+    wanted = requests(12, seed=7)
+    # A real model may take seconds for a step on a busy machine: that is slow, not hung.
+    patient = HealthConfig(interval_s=0.2, timeout_s=5.0, failures=3, hung_s=30.0, stall_s=30.0)
+    catalog = RealCatalog(default_model_path)
+    async with house(tmp_path, io.BytesIO(), engines=2, catalog=catalog, health=patient) as manager:
+        expected = await run_all(manager, wanted, 6)
+        task = asyncio.create_task(run_all(manager, wanted, 6))
+        for _ in range(2):
+            while not task.done() and not all(e.is_healthy and e.active_requests for e in manager.list_engines()):
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(0.5)
+            busy = max(manager.list_engines(EngineState.READY), key=lambda e: e.active_requests)
+            if busy.active_requests:
+                os.kill(busy.pid, signal.SIGKILL)
+        assert await task == expected
+        assert manager.get_scheduling_metrics().migrations > 0
 
 
 @pytest.mark.slow
