@@ -71,7 +71,12 @@ class Engine:
         self._speculator = speculator
         self._spill = spill
         self._kv = KVCache(
-            runner.kv.n_blocks, BLOCK_SIZE, copy=self._copy_block, caching=settings.prefix_caching, spill=spill
+            runner.kv.n_blocks,
+            BLOCK_SIZE,
+            copy=self._copy_block,
+            caching=settings.prefix_caching,
+            spill=spill,
+            clock=time.perf_counter,
         )
         limits = SchedulerLimits(settings.max_rows, settings.max_logit_rows, settings.max_running)
         self._scheduler = Scheduler(self._kv, limits)

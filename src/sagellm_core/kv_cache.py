@@ -7,7 +7,7 @@ Pure bookkeeping over block numbers. A block is *free* (nothing in it), *used* (
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -17,6 +17,7 @@ from sagellm_protocol.prefix import BlockEvent, BlockSnapshot, block_hash
 __all__ = ["BlockCopier", "KVCache", "KVCounters", "Match", "SpillTier"]
 
 EVENTS_KEPT = 1 << 16
+_NOBODY = 1 << 30
 
 
 class BlockCopier(Protocol):
@@ -92,6 +93,7 @@ class KVCounters:
     """What has happened since the cache was made."""
 
     evictions: int = 0
+    evict_seconds: float = 0.0
     queried_tokens: int = 0
     hit_tokens: int = 0
     copied_blocks: int = 0
@@ -124,6 +126,7 @@ class KVCache:
         copy: copies a block that several sequences hold before one of them writes to it.
         caching: whether full blocks stay findable.
         spill: where evicted blocks go; None drops them.
+        clock: seconds, to measure evictions by.
     """
 
     def __init__(
@@ -134,16 +137,18 @@ class KVCache:
         copy: BlockCopier,
         caching: bool = True,
         spill: SpillTier | None = None,
+        clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.block_size = block_size
         self.caching = caching
         self.counters = KVCounters()
         self._copy = copy
+        self._clock = clock
         self._blocks = [_Block(number) for number in range(n_blocks)]
         self._free, self._cached = _Ring(), _Ring()
         self._by_name: dict[bytes, _Block] = {}
         self._tails: dict[bytes, _Block] = {}
-        self._promised: dict[bytes, int] = {}
+        self._promised: dict[bytes, list[int]] = {}
         self._spill = spill
         self._events: deque[BlockEvent] = deque(maxlen=EVENTS_KEPT)
         self._event_seq = 0
@@ -334,7 +339,7 @@ class KVCache:
         assert self.n_free + self.n_cached + self.n_used == self.n_blocks, "free + cached + used is not the total"
         assert len(self._by_name) == sum(b.name is not None for b in self._blocks), "a name without its block"
         promised = sum(len(seq.promised) for seq in holders)
-        assert sum(self._promised.values()) == promised, "a promise without its sequence"
+        assert sum(map(len, self._promised.values())) == promised, "a promise without its sequence"
 
     # --------------------------------------------------------------- private
 
@@ -358,7 +363,7 @@ class KVCache:
 
     def _match_beyond(self, seq: SequenceState, index: int, found: Match) -> None:
         name = seq.hashes[index]
-        if name in self._promised:
+        if self._is_promised(seq, name):
             found.promised = True
         elif self._spill is not None:
             size = self.block_size
@@ -376,7 +381,7 @@ class KVCache:
         if block is not None and block.token_ids[: len(tokens)] == tokens:
             found.resident.append(block.number)
             found.tokens = seq.n_prompt
-        elif name in self._promised:
+        elif self._is_promised(seq, name):
             found.promised = True
 
     def _promise(self, seq: SequenceState) -> None:
@@ -386,22 +391,26 @@ class KVCache:
         if seq.computed < seq.n_prompt - 1 and seq.n_prompt % self.block_size:
             seq.promised.append(self._tail(seq)[0])
         for name in seq.promised:
-            self._promised[name] = self._promised.get(name, 0) + 1
+            self._promised.setdefault(name, []).append(seq.request.priority)
 
     def _keep_promise(self, seq: SequenceState, name: bytes) -> None:
         if name in seq.promised:
             seq.promised.remove(name)
-            self._forget_promise(name)
+            self._forget_promise(seq, name)
 
     def _break_promises(self, seq: SequenceState) -> None:
         for name in seq.promised:
-            self._forget_promise(name)
+            self._forget_promise(seq, name)
         seq.promised = []
 
-    def _forget_promise(self, name: bytes) -> None:
-        left = self._promised.pop(name) - 1
-        if left:
-            self._promised[name] = left
+    def _forget_promise(self, seq: SequenceState, name: bytes) -> None:
+        self._promised[name].remove(seq.request.priority)
+        if not self._promised[name]:
+            del self._promised[name]
+
+    def _is_promised(self, seq: SequenceState, name: bytes) -> bool:
+        """Whether a sequence that is no less urgent than `seq` is about to compute the block: only that is worth a wait."""
+        return min(self._promised.get(name, (_NOBODY,))) <= seq.request.priority
 
     def _publish_tail(self, seq: SequenceState) -> None:
         name, tokens = self._tail(seq)
@@ -436,13 +445,19 @@ class KVCache:
             block = self._free.first()
             self._free.remove(block)
         else:
-            block = self._cached.first()
-            self._cached.remove(block)
-            if self._spill is not None and block.name is not None:
-                self._spill.store(block.name, block.token_ids, block.number)
-            self._unregister(block)
-            self.counters.evictions += 1
+            block = self._evict()
         block.refs = 1
+        return block
+
+    def _evict(self) -> _Block:
+        began = self._clock()
+        block = self._cached.first()
+        self._cached.remove(block)
+        if self._spill is not None and block.name is not None:
+            self._spill.store(block.name, block.token_ids, block.number)
+        self._unregister(block)
+        self.counters.evictions += 1
+        self.counters.evict_seconds += self._clock() - began
         return block
 
     def _hold(self, block: _Block) -> None:

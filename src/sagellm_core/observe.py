@@ -117,7 +117,7 @@ def status(
         rss_bytes=rss_bytes(),
         step_seconds=metrics.step_seconds,
         draining=draining,
-        evict_seconds=spill.store_seconds if spill is not None else 0.0,
+        evict_seconds=kv.counters.evict_seconds,
         copied_blocks=kv.counters.copied_blocks,
         blocks_spilled=spill.n_blocks if spill is not None else 0,
         spill_bytes=spill.n_bytes if spill is not None else 0,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -53,7 +52,6 @@ class DiskTier:
         self._free: list[int] = []
         self._high = 0
         self.errors = 0
-        self.store_seconds = 0.0
         Path(directory).mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(dir=directory, prefix="sagellm-kv-", buffering=0)  # noqa: SIM115  close() does
 
@@ -72,7 +70,6 @@ class DiskTier:
         if name in self._entries:
             self._entries.move_to_end(name)
             return
-        started = time.perf_counter()
         data = self._kv.export_blocks([block])
         slot = self._slot()
         try:
@@ -84,7 +81,6 @@ class DiskTier:
         else:
             self._free.append(slot)
             self.errors += 1
-        self.store_seconds += time.perf_counter() - started
 
     def holds(self, name: bytes, token_ids: tuple[int, ...]) -> bool:
         """Whether a block of that name and those tokens is there."""

@@ -25,13 +25,14 @@ class Pool:
         self.copies.append((source, destination))
         self.content[destination] = list(self.content[source])
 
-    def sequence(self, tokens, salt="", emitted=()):
+    def sequence(self, tokens, salt="", emitted=(), priority=2):
         self.count += 1
         request = EngineRequest(
             request_id=str(self.count),
             prompt_token_ids=tuple(tokens),
             emitted_token_ids=tuple(emitted),
             sampling=SamplingParams(max_tokens=100, seed=0),
+            priority=priority,
         )
         return SequenceState.of(request, arrival=self.count, now=0.0, ageing_s=1.0, root=root_hash(None, salt))
 
@@ -128,6 +129,15 @@ def test_what_another_sequence_is_computing_is_worth_waiting_for():
     pool.kv.release(a)
     found = pool.kv.match(b)
     assert (found.promised, found.tokens) == (False, 4)
+
+
+def test_nobody_waits_for_a_less_urgent_promise():
+    """A critical sequence computes its prompt itself although a background one is about to."""
+    pool = Pool()
+    maker = pool.sequence(range(12), priority=4)
+    pool.kv.attach(maker, pool.kv.match(maker))
+    assert pool.kv.match(pool.sequence(range(12), priority=4)).promised
+    assert not pool.kv.match(pool.sequence(range(12), priority=0)).promised
 
 
 def test_the_least_recently_used_end_is_evicted_first():
