@@ -85,6 +85,15 @@ def load_text_side(config: EngineConfig, context_length: int | None = None) -> C
     return model
 
 
+def _merged(changes: Mapping[str, Any], more: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return `changes` with `more` over them, group by group."""
+    out = dict(changes)
+    for key, value in (more or {}).items():
+        old = out.get(key)
+        out[key] = {**old, **value} if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
 class StoreCatalog:
     """The models that can be started here: those given on the command line, and those of the store (a `ModelCatalog`)."""
 
@@ -107,13 +116,13 @@ class StoreCatalog:
         if given is not None and not options:
             return given
         if given is not None:
-            return engine_config(given.model, {**self._changes, **(options or {})}, name=model_id)
+            return engine_config(given.model, _merged(self._changes, options), name=model_id)
         if model_id not in self.models():
             raise ModelNotFoundError(
                 f"model {model_id!r} is not on this machine: sage-llm pull {model_id}; here are {', '.join(self.models()) or 'none'}",
                 param="model",
             )
-        return engine_config(model_id, {**self._changes, **(options or {})})
+        return engine_config(model_id, _merged(self._changes, options))
 
     def engine_spec(self, model_id: str, engine_id: str, options: Mapping[str, Any]) -> EngineSpec:
         """How to start an engine for `model_id` (see `ModelCatalog`)."""

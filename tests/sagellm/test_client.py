@@ -340,6 +340,21 @@ def test_vectors_come_in_order_from_both_encodings(scripted: Callable[..., Scrip
         assert client.embed(["a", "b"]).vectors == [[0.5, 0.25], [1.5, -2.0]]
 
 
+@pytest.mark.model
+def test_an_embedding_model_beside_a_chat_model(minilm_model_path: Any) -> None:
+    """`embed` finds the embedding model among what is loaded, and likeness shows in the vectors."""
+    with UnifiedInferenceClient.create(
+        embedded=True, default_llm_model="mock", default_embedding_model=str(minilm_model_path)
+    ) as client:
+        cat, dog, stocks = client.embed(["a cat", "a dog", "the stock market"]).vectors
+
+    def likeness(a: list[float], b: list[float]) -> float:
+        return sum(x * y for x, y in zip(a, b, strict=True))
+
+    assert len(cat) == 384
+    assert likeness(cat, dog) > 0.4 > likeness(cat, stocks)
+
+
 def test_wrong_combinations_are_refused_by_name() -> None:
     """What contradicts itself is refused, with the parameter that is at fault."""
     for options, param in (

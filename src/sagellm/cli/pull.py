@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from sagellm.cli.common import ProgressBar, human_bytes, print_table, single
+from sagellm.cli.common import ProgressBar, human_bytes, print_json, print_table, single
 from sagellm.store.catalog import CATALOG
 
 
@@ -24,6 +25,9 @@ def pull(
     ] = False,
 ) -> None:
     """Bring a model onto this machine; an interrupted pull goes on where it stopped."""
+    if catalog and as_json:
+        print_json([asdict(entry) for entry in CATALOG.values()])
+        return
     if catalog:
         print_table(
             ("NAME", "SIZE", "LICENCE", ""),
