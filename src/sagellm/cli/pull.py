@@ -23,6 +23,7 @@ def pull(
     catalog: Annotated[
         bool, typer.Option("--catalog", help="List the models that are known by name, and stop.")
     ] = False,
+    as_json: Annotated[bool, JsonOption] = False,
 ) -> None:
     """Bring a model onto this machine; an interrupted pull goes on where it stopped."""
     if catalog and as_json:
