@@ -56,7 +56,8 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     The first delta of a sequence (possibly without a token) has `prompt_tokens`. An end-of-sequence or stop id that ended
     the sequence is in `stop_token_id`, not in `token_ids`.
 
-    Engines that give text instead of ids (foreign ones) fill `text`, `reasoning` and `tool_calls`, and `usage` at the end.
+    Engines that give text instead of ids (foreign ones) fill `text`, `reasoning` and `tool_calls`, and `usage` at the end;
+    `text_tokens` is how many of their events a delta joins.
     """
 
     request_id: str
@@ -70,6 +71,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cached_tokens: int = 0
     text: str | None = None
     reasoning: str | None = None
+    text_tokens: int = 0
     tool_calls: tuple[ToolCallDelta, ...] = ()
     usage: Usage | None = None
 

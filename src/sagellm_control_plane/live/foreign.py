@@ -149,9 +149,8 @@ class ForeignEngineClient:
             reply = await self._http.request("POST", self._prefix + path, msgspec.json.encode(body))
             if reply.status != 200:
                 raise error_of_status(reply.status, await reply.read(), reply.headers)
-            async for line in reply.lines():
-                delta = reader.line(line)
-                if delta is not None:
+            async for lines in reply.lines():
+                for delta in reader.take(lines):
                     self._received += 1
                     yield delta
             last = reader.end()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -164,6 +164,32 @@ class StreamReader:
         self._finish: FinishReason | None = None
         self._usage: Usage | None = None
         self.done = False
+
+    def take(self, lines: Iterable[bytes]) -> list[TokenDelta]:
+        """Take in all lines that have arrived; pieces of text that follow each other come as one delta.
+
+        Raises:
+            SageError: as `line` does.
+        """
+        out: list[TokenDelta] = []
+        texts: list[str] = []
+        for line in lines:
+            delta = self.line(line)
+            if delta is None:
+                continue
+            if delta.text and not (delta.reasoning or delta.tool_calls or delta.finish_reason):
+                texts.append(delta.text)
+                continue
+            if texts:
+                out.append(self._joined(texts))
+                texts = []
+            out.append(delta)
+        if texts:
+            out.append(self._joined(texts))
+        return out
+
+    def _joined(self, texts: Sequence[str]) -> TokenDelta:
+        return TokenDelta(request_id=self._request_id, text="".join(texts), text_tokens=len(texts))
 
     def line(self, line: bytes) -> TokenDelta | None:
         """Take in one line; return what the sequence gained.

@@ -149,17 +149,17 @@ class Reply:
         self.close()
         return body
 
-    async def lines(self) -> AsyncGenerator[bytes, None]:
-        """Yield lines without their ends."""
+    async def lines(self) -> AsyncGenerator[list[bytes], None]:
+        """Yield the lines that each wake-up completes, without their ends."""
         rest = b""
         async for piece in self._pieces():
             *whole, rest = (rest + piece).split(b"\n")
-            for line in whole:
-                yield line.rstrip(b"\r")
+            if whole:
+                yield whole
             if len(rest) > MAX_LINE_BYTES:
                 raise HttpBrokenError(f"a line is longer than {MAX_LINE_BYTES} bytes")
         if rest:
-            yield rest
+            yield [rest]
 
     def close(self) -> None:
         """Let go of the connection: for the next request if the body was read to its end, else for good."""

@@ -235,7 +235,7 @@ class Sequence:
         attempt.tokens += max(len(delta.token_ids), 1)
         self.journal.extend(delta.token_ids)
         if not delta.token_ids and (delta.text or delta.reasoning or delta.tool_calls):
-            self._pieces += 1
+            self._pieces += delta.text_tokens or 1
             self._text.append(delta.text or "")
         self._mailbox.put(self.index, delta)
         if delta.finish_reason is None:
