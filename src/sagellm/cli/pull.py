@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sagellm.cli.common import ProgressBar, human_bytes, print_json, print_table, single
+from sagellm.cli.common import JsonOption, ProgressBar, human_bytes, print_json, print_table, single
 from sagellm.store.catalog import CATALOG
 
 
