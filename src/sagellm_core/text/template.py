@@ -15,6 +15,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sagellm_core.text.specials import Guard, SpecialTokens
+from sagellm_core.text.template_forms import Form, drops_calls, forms
 from sagellm_protocol.errors import InvalidArgumentError, ModelFileError
 from sagellm_protocol.generation import ChatMessage, FunctionSpec
 
@@ -40,7 +41,7 @@ class ChatTemplate:
             ModelFileError: `source` is no valid template.
         """
         self.source, self._specials, self._names = source, specials, names
-        self._tests_none = _CONTENT_NONE.search(source) is not None
+        self._usual = Form(null_content=_CONTENT_NONE.search(source) is not None)
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
@@ -77,21 +78,46 @@ class ChatTemplate:
         Raises:
             InvalidArgumentError: the template refuses these messages; the message says why.
         """
-        plain = [self._message(message) for message in messages]
-        tool_list = [_tool(tool) for tool in tools]
-        guard = Guard(self._specials, _strings([plain, tool_list]))
-        values: dict[str, Any] = {
-            "messages": [self._protected(guard, message) for message in plain],
-            "tools": guard.protect_all(tool_list) or None,
-            "add_generation_prompt": not continue_final,
-            "parallel_tool_calls": parallel_tool_calls,
-            "documents": None,
-            **self._names,
-        }
-        if reasoning is not None:
-            values |= {"enable_thinking": reasoning, "thinking": reasoning}
+        refusal: InvalidArgumentError | None = None
+        incomplete: list[str | int] | None = None
+        for form in forms(messages, tools, self._usual):
+            if form.merged_system and "system" not in str(refusal).lower():
+                continue  # it was refused for something else
+            if incomplete is not None and not form.flat_calls:
+                continue
+            shown = form.messages(messages)
+            guard = Guard(
+                self._specials, _strings([form.message(m, m.role) for m in shown] + (form.tools(tools) or []))
+            )
+            values = {
+                "messages": [self._protected(guard, form.message(m, self._role(m))) for m in shown],
+                "tools": guard.protect_all(form.tools(tools)),
+                "add_generation_prompt": not continue_final,
+                "parallel_tool_calls": parallel_tool_calls,
+                "documents": None,
+                **self._names,
+            }
+            if reasoning is not None:
+                values |= {"enable_thinking": reasoning, "thinking": reasoning}
+            try:
+                rendered = self._run(values)
+                if continue_final:
+                    rendered = _cut_behind(rendered, guard.protect(shown[-1].content or "").strip())
+            except InvalidArgumentError as error:
+                refusal = refusal or error
+                continue
+            pieces = list(guard.split(rendered))
+            if form.flat_calls or not drops_calls(rendered, messages, tools):
+                return pieces
+            incomplete = incomplete or pieces
+        if incomplete is not None:
+            return incomplete
+        assert refusal is not None
+        raise refusal
+
+    def _run(self, values: dict[str, Any]) -> str:
         try:
-            rendered = self._template.render(values)
+            return self._template.render(values)
         except InvalidArgumentError:
             raise
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
@@ -100,33 +126,10 @@ class ChatTemplate:
             ) from error
         except RecursionError as error:
             raise InvalidArgumentError("the chat template recurses without end", param="messages") from error
-        if continue_final:
-            rendered = _cut_behind(rendered, guard.protect(messages[-1].content or "").strip())
-        return list(guard.split(rendered))
 
-    def _message(self, message: ChatMessage) -> dict[str, Any]:
-        role: str = message.role
-        if role == "developer" and "developer" not in self.source:
-            role = "system"
-        # A turn without content is null to templates that ask for it, else text that can be added to.
-        content = message.content if self._tests_none else message.content or ""
-        out: dict[str, Any] = {"role": role, "content": content}
-        if message.name is not None:
-            out["name"] = message.name
-        if message.tool_calls:
-            out["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
-                }
-                for call in message.tool_calls
-            ]
-        if message.tool_call_id is not None:
-            out["tool_call_id"] = message.tool_call_id
-        if message.reasoning is not None:
-            out |= {"reasoning_content": message.reasoning, "thinking": message.reasoning}
-        return out
+    def _role(self, message: ChatMessage) -> str:
+        known = message.role != "developer" or "developer" in self.source
+        return message.role if known else "system"
 
     @staticmethod
     def _protected(guard: Guard, message: dict[str, Any]) -> dict[str, Any]:
@@ -140,23 +143,6 @@ def _cut_behind(rendered: str, final: str) -> str:
             "the last message cannot be continued: it is empty, or the chat template changes it", param="messages"
         )
     return rendered[: at + len(final)]
-
-
-def _tool(tool: FunctionSpec) -> dict[str, Any]:
-    function: dict[str, Any] = {"name": tool.name}
-    if tool.description is not None:
-        function["description"] = tool.description
-    function["parameters"] = tool.parameters or {"type": "object", "properties": {}}
-    return {"type": "function", "function": function}
-
-
-def _arguments(text: str) -> Any:
-    """Arguments as data where they are an object: most templates write them with `tojson`."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, dict) else text
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -209,7 +195,16 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, default=_listed
+    )
+
+
+def _listed(value: Any) -> list[Any]:
+    """Filters such as `map` give iterators."""
+    if isinstance(value, Iterator):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def _strftime_now(form: str) -> str:

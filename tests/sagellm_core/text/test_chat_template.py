@@ -64,6 +64,40 @@ def test_a_refusal_is_the_requests_fault() -> None:
         assert caught.value.param == "messages"
 
 
+_CALL = ToolCall(id="c", function=FunctionCall(name="f", arguments='{"a": 1}'))
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{% if messages[0].content is none %}{% endif %}{{ 'x' in messages[1].content }}", "False"),
+        ("{{ messages[1].tool_calls[0].function.arguments + '!' }}f", '{"a": 1}!f'),
+        ("{% for t in tools %}{% endfor %}f{{ messages | length }}", "f3"),
+        ("{{ messages[1].content | trim }}|{{ messages[2].content }}", '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>|<tool_response>\nr\n</tool_response>'),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}f{{ (messages | map(attribute='role')) | tojson }}", 'hirf["user", "assistant", "tool"]'),
+    ],
+)  # fmt: skip
+def test_a_conversation_is_shown_in_the_form_that_works(source: str, expected: str) -> None:
+    """Where the usual form fails or loses a call, the others are tried: content, arguments, tools, calls as text."""
+    messages = (
+        *_USER,
+        ChatMessage(role="assistant", tool_calls=(_CALL,)),
+        ChatMessage(role="tool", content="r", tool_call_id="c"),
+    )
+    assert "".join(map(str, _render(source, *messages))).startswith(expected)
+
+
+def test_a_system_message_joins_the_users_where_it_is_refused() -> None:
+    """A template without a system role gets its text in the first turn; other refusals stand."""
+    source = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{{ messages[0].content }}"
+    system = ChatMessage(role="system", content="be brief")
+    assert _render(source, system, *_USER) == ["be brief\n\nhi"]
+    with pytest.raises(InvalidArgumentError, match="not supported"):
+        _render(source, system)
+    with pytest.raises(InvalidArgumentError, match="alternate"):
+        _render(source.replace("System role not supported", "roles must alternate"), system, *_USER)
+
+
 @pytest.mark.parametrize(
     "source",
     [
