@@ -359,12 +359,12 @@ class Engine:
                 self._advance(work, gained)
                 self._fail(seq, InvalidArgumentError("no token is allowed next: bias, masks and bad words exclude all"))
                 return
-            if self._stops(seq, draw.token_id):
+            if seq.stops_at(draw.token_id):
                 reason, stop_id = "stop", draw.token_id
                 break
             gained.append(draw)
             seq.tokens.append(draw.token_id)
-            reason = self._completed(seq)
+            reason = seq.completed()
             if reason is not None or ahead == len(work.draft) or draw.token_id != work.draft[ahead]:
                 break
         self._advance(work, gained)
@@ -400,21 +400,6 @@ class Engine:
             self.metrics.accepted_tokens += accepted
             self._speculator.observe(work, accepted)
         self._scheduler.advance(work.seq, work.n_rows + accepted)
-
-    def _stops(self, seq: SequenceState, token_id: int) -> bool:
-        sampling = seq.sampling
-        if token_id in sampling.stop_token_ids:
-            return True
-        return token_id in seq.request.eos_token_ids and not sampling.ignore_eos
-
-    def _completed(self, seq: SequenceState) -> FinishReason | None:
-        """Whether the token that was just appended completes the sequence."""
-        if seq.constraint is not None:
-            seq.constraint.accept(seq.tokens[-1])
-            seq.constrained += 1
-            if seq.constraint.finished:
-                return "stop"
-        return "length" if len(seq.tokens) >= seq.max_length else None
 
     def _speak(self, seq: SequenceState, gained: list[Draw], reason: FinishReason | None, stop_id: int | None) -> None:
         now = self._clock()

@@ -178,3 +178,18 @@ class SequenceState:
         """Seconds on the engine's clock after which the answer is worthless."""
         limit = self.request.deadline_s
         return None if limit is None else self.queued_at + limit
+
+    def stops_at(self, token_id: int) -> bool:
+        """Whether a drawn token ends the sequence instead of belonging to it."""
+        if token_id in self.sampling.stop_token_ids:
+            return True
+        return token_id in self.request.eos_token_ids and not self.sampling.ignore_eos
+
+    def completed(self) -> FinishReason | None:
+        """Say whether the token that was just appended is the last; to be called once for each."""
+        if self.constraint is not None:
+            self.constraint.accept(self.tokens[-1])
+            self.constrained += 1
+            if self.constraint.finished:
+                return "stop"
+        return "length" if len(self.tokens) >= self.max_length else None
