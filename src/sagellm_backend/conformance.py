@@ -354,6 +354,14 @@ def adapters_act_as_merged_weights(kit: Kit) -> None:
             merged = weights if number < 0 else _merged(weights, adapters[number])
             want = SequenceRun(kit.reference(spec, merged), range(3)).feed(ids[i] + [7] * step)
             _close(kit, logits[i], want, f"sequence {i} with adapter {number}, step {step}")
+    for i, number in enumerate(numbers.tolist()):
+        alone = SequenceRun(runner, range(20, 23))
+        own = np.array([number], np.int32)
+        run_batch([(alone, ids[i])], [GREEDY], adapters=own)
+        got = run_batch([(alone, [7])], [GREEDY], adapters=own).logits
+        assert got is not None
+        assert logits is not None
+        _same(kit, logits[i], got[0], f"sequence {i} with adapter {number}, beside others and alone")
     runner.unload_adapter(2)
     _refused(lambda: run_batch([(runs[2], [1])], [GREEDY], adapters=np.array([2], np.int32)), "an unloaded adapter")
     broken = Adapter("broken", {"0.q": (np.zeros((2, 3), np.float32), np.zeros((3, 2), np.float32))})

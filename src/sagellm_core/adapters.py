@@ -66,7 +66,7 @@ class AdapterTable:
         """
         if not isinstance(self._runner, AdapterRunner):
             raise UnsupportedError(
-                "this backend takes no adapters: start the engine with --backend reference", param="adapter"
+                "this backend takes no adapters: start the engine with --backend cpu or reference", param="adapter"
             )
         if not adapter.name or adapter.name in self._entries:
             raise InvalidArgumentError(f"adapter name {adapter.name!r} is empty or taken: choose another", param="name")

@@ -115,7 +115,7 @@ Lora = Annotated[
     typer.Option(
         "--lora",
         metavar="NAME=PATH",
-        help="LoRA adapter (a PEFT directory), served under NAME; repeatable. Needs --backend reference for now.",
+        help="LoRA adapter (a PEFT directory), served under NAME; repeatable.",
         rich_help_panel=_DEVICE,
     ),
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from sagellm_backend.adapter import Adapter, check_adapter
 from sagellm_backend.base import LoadOptions, StepBatch, StepResult
 from sagellm_backend.cpu import _native
 from sagellm_backend.cpu.layout import Layout, plan_layout
@@ -78,6 +79,7 @@ class CpuRunner:
                 model.set_vector(slot, dequantize(weights[slot]))
         model.finish(options.n_blocks, options.max_rows, options.max_logit_rows, kv_dtype)
         self._spec = spec
+        self._adapters: set[int] = set()
         self._kv = CpuKV(model)
         self._model: _native.Model | None = model
         self._weight_bytes = layout.nbytes
@@ -115,8 +117,6 @@ class CpuRunner:
             ValueError: the batch does not add up or names what is not there; nothing was computed then.
             RuntimeError: the runner is closed.
         """
-        if batch.adapters is not None and (batch.adapters >= 0).any():
-            raise ValueError("a sequence names an adapter: the native backend takes none; use --backend reference")
         token_ids, logprobs, top_ids, top_logprobs, logits, hidden = self._open.step(
             _int32(batch.token_ids),
             _int32(batch.starts),
@@ -126,8 +126,31 @@ class CpuRunner:
             list(batch.sampling),
             batch.want_logits,
             batch.want_hidden,
+            None if batch.adapters is None else _int32(batch.adapters),
         )
         return StepResult(token_ids, logprobs, top_ids, top_logprobs, logits, hidden)
+
+    def load_adapter(self, number: int, adapter: Adapter) -> None:
+        """Make `adapter` known as `number` (`AdapterRunner`).
+
+        Raises:
+            ValueError: it does not fit the model, or the number is in use.
+        """
+        if number < 0 or number in self._adapters:
+            raise ValueError(f"adapter number {number} is negative or in use")
+        check_adapter(self._spec, adapter)
+        for slot, (a, b) in adapter.factors.items():
+            self._open.set_adapter(number, slot, _float32(a), _float32(b))
+        self._adapters.add(number)
+
+    def unload_adapter(self, number: int) -> None:
+        """Forget an adapter.
+
+        Raises:
+            KeyError: there is none of that number.
+        """
+        self._adapters.remove(number)
+        self._open.drop_adapter(number)
 
     def close(self) -> None:
         """Free weights, cache and threads. Idempotent."""
@@ -162,6 +185,10 @@ class _ClosedKV(CpuKV):
     def import_blocks(self, blocks: Sequence[int], data: bytes | memoryview) -> None:
         """Raise RuntimeError."""
         raise RuntimeError(f"the runner is closed: {len(data)} bytes for {len(blocks)} blocks refused")
+
+
+def _float32(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    return np.ascontiguousarray(array, dtype=np.float32)
 
 
 def _int32(array: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:

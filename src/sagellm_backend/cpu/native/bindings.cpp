@@ -1,6 +1,7 @@
 // The Python module: arrays in, arrays out; the GIL is released wherever something is computed.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -9,6 +10,7 @@
 #include <bit>
 #include <chrono>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 
 #include "isa.hpp"
@@ -188,7 +190,7 @@ class PyModel {
   }
 
   nb::tuple step(In<int32_t> tokens, In<int32_t> starts, In<int32_t> lengths, In<int32_t> tables, In<int32_t> logit_rows,
-                 const nb::list& sampling, bool want_logits, bool want_hidden) {
+                 const nb::list& sampling, bool want_logits, bool want_hidden, std::optional<In<int32_t>> adapters) {
     const size_t n = logit_rows.size(), vocab = static_cast<size_t>(model_.config().vocab);
     std::vector<RowParams> rows;
     int top = 0;
@@ -199,7 +201,9 @@ class PyModel {
     const size_t sequences = lengths.size();
     StepInput in{tokens.data(),     static_cast<int>(tokens.size()), starts.data(), lengths.data(), tables.data(),
                  static_cast<int>(sequences), sequences ? static_cast<int>(tables.size() / sequences) : 0, logit_rows.data(),
-                 static_cast<int>(n), &rows, top};
+                 static_cast<int>(n), &rows, top, adapters ? adapters->data() : nullptr};
+    if (adapters && adapters->size() != sequences)
+      throw std::invalid_argument(std::to_string(adapters->size()) + " adapters for " + std::to_string(sequences) + " sequences");
     StepOutput out{};
     const size_t drawn = rows.size(), columns = static_cast<size_t>(top);
     const nb::object ids = new_array<int32_t>({drawn}, &out.tokens), logprobs = new_array<float>({drawn}, &out.logprobs);
@@ -218,6 +222,14 @@ class PyModel {
     }
     return nb::make_tuple(ids, logprobs, top_ids, top_logprobs, logits, hidden);
   }
+
+  void set_adapter(int number, const std::string& slot, In<float> a, In<float> b) {
+    if (a.ndim() != 2 || b.ndim() != 2 || a.shape(0) != b.shape(1)) throw std::invalid_argument("the factors of '" + slot + "' do not multiply");
+    model_.set_adapter(number, slot, a.data(), b.data(), static_cast<int>(a.shape(0)), static_cast<int>(a.shape(1)),
+                       static_cast<int>(b.shape(0)));
+  }
+
+  void drop_adapter(int number) { model_.drop_adapter(number); }
 
   void copy_blocks(const std::vector<std::pair<int, int>>& pairs) {
     nb::gil_scoped_release release;
@@ -446,7 +458,10 @@ NB_MODULE(_native, m) {
       .def("set_matrix", &PyModel::set_matrix, nb::keep_alive<1, 6>())
       .def("pack_matrix", &PyModel::pack_matrix)
       .def("finish", &PyModel::finish)
-      .def("step", &PyModel::step)
+      .def("step", &PyModel::step, "token_ids"_a, "starts"_a, "lengths"_a, "block_tables"_a, "logit_rows"_a, "sampling"_a,
+           "want_logits"_a, "want_hidden"_a, "adapters"_a = nb::none())
+      .def("set_adapter", &PyModel::set_adapter)
+      .def("drop_adapter", &PyModel::drop_adapter)
       .def("copy_blocks", &PyModel::copy_blocks)
       .def("export_blocks", &PyModel::export_blocks)
       .def("import_blocks", &PyModel::import_blocks)

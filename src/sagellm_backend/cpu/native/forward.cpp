@@ -18,6 +18,7 @@ Forward::Forward(Model& model, const StepInput& in, const StepOutput& out)
   fused_ = std::all_of(in.lengths, in.lengths + in.sequences, [](int n) { return n == 1; }) && group_ <= kLanes && !c_.qk_norm_full;
   few_ = in.rows <= kFewRows && !c_.post_norm && !c_.o_bias && c_.n_experts == 0;
   plan_attention();
+  plan_adapters();
 }
 
 // Long tiles first, so that the threads end together.
@@ -185,21 +186,26 @@ void Forward::attend(int index, const Tile& tile, int thread) {
 }
 
 // 32 hidden channels: gate and up of the rows, activated and converted for the down projection.
-void Forward::gate_up(const Layer& y, int unit, int row0, int rows, int thread) {
+void Forward::gate_up(int index, int unit, int row0, int rows, int thread) {
+  const Layer& y = m_.layers_[index];
   float* gate = s_.threads[thread].gate.as<float>();
   float* up = s_.threads[thread].up.as<float>();
   kernel_.gemm(y.gate, unit, normed(thread), row0, rows, gate, kPanel, false, 1.0f);
   kernel_.gemm(y.up, unit, normed(thread), row0, rows, up, kPanel, false, 1.0f);
+  add_low(index, Site::Gate, 0, unit, row0, rows, gate, kPanel, 1.0f);
+  add_low(index, Site::Up, 1, unit, row0, rows, up, kPanel, 1.0f);
   kernel_.activate(c_.activation, gate, up, rows * kPanel);
   const int begin = unit * kPanel, end = std::min(c_.d_ff, begin + kPanel);
   for (int r = 0; r < rows; r++) kernel_.prepare(gate + r * kPanel - begin, begin, end, s_.hidden.view(), row0 + r);
 }
 
 // A projection back to the residual stream: straight into it, or into `branch` if a norm or a bias follows.
-void Forward::project(const Packed& w, const Activations& x, bool straight, int thread, size_t loop) {
+void Forward::project(int index, Site site, const Packed& w, const Activations& x, bool straight, int thread, size_t loop) {
   float* to = straight ? s_.x.as<float>() : s_.branch.as<float>();
   share_panels(w.panels(), w.k, thread, loop, [&](int panel, int row0, int rows) {
-    kernel_.gemm(w, panel, x, row0, rows, to + row0 * s_.ld_x + panel * kPanel, s_.ld_x, straight, c_.residual_scale);
+    float* out = to + row0 * s_.ld_x + panel * kPanel;
+    kernel_.gemm(w, panel, x, row0, rows, out, s_.ld_x, straight, c_.residual_scale);
+    add_low(index, site, 0, panel, row0, rows, out, s_.ld_x, straight ? c_.residual_scale : 1.0f);
   });
 }
 
@@ -207,14 +213,17 @@ void Forward::layer(int index, int thread, size_t loop) {
   ThreadPool& pool = m_.pool_;
   const Layer& y = m_.layers_[index];
   norm_rows(thread, y.attn_norm);
+  low_normed(index, {Site::Q, Site::K, Site::V}, y.attn_norm, thread);
 
   const int nq = y.q.panels(), nk = y.k.panels(), nv = y.v.panels();
   share_panels(nq + nk + nv, c_.d_model, thread, loop, [&](int p, int row0, int rows) {
     const Packed& w = p < nq ? y.q : p < nq + nk ? y.k : y.v;
     const int panel = p < nq ? p : p < nq + nk ? p - nq : p - nq - nk;
     const int at = p < nq ? s_.q_at : p < nq + nk ? s_.k_at : s_.v_at;
-    kernel_.gemm(w, panel, normed(thread), row0, rows, s_.qkv.as<float>() + row0 * s_.ld_qkv + at + panel * kPanel, s_.ld_qkv,
-                 false, 1.0f);
+    float* out = s_.qkv.as<float>() + row0 * s_.ld_qkv + at + panel * kPanel;
+    kernel_.gemm(w, panel, normed(thread), row0, rows, out, s_.ld_qkv, false, 1.0f);
+    const int place = p < nq ? 0 : p < nq + nk ? 1 : 2;
+    add_low(index, static_cast<Site>(place), place, panel, row0, rows, out, s_.ld_qkv, 1.0f);
   });
   pool.barrier();
 
@@ -233,13 +242,14 @@ void Forward::layer(int index, int thread, size_t loop) {
     pool.barrier();
   }
 
+  low_attended(index, thread);
   const bool straight_o = !y.post_attn_norm && !y.o_bias;
-  project(y.o, s_.attended.view(), straight_o, thread, loop + 2);
+  project(index, Site::O, y.o, s_.attended.view(), straight_o, thread, loop + 2);
   pool.barrier();
   if (!straight_o) branch_norm(thread, y.post_attn_norm, y.o_bias);
   norm_rows(thread, y.ffn_norm);
 
-  feed_forward(y, thread, loop + 3);
+  feed_forward(index, thread, loop + 3);
   if (y.post_ffn_norm) branch_norm(thread, y.post_ffn_norm, nullptr);
 }
 
@@ -256,13 +266,16 @@ void Forward::prepare_head(float* row, int i) {
   kernel_.prepare(row, 0, c_.d_model, to, at + 1);
 }
 
-void Forward::feed_forward(const Layer& y, int thread, size_t loop) {
+void Forward::feed_forward(int index, int thread, size_t loop) {
+  const Layer& y = m_.layers_[index];
   ThreadPool& pool = m_.pool_;
   if (!y.experts.empty()) return experts(y, !y.post_ffn_norm, thread, loop);  // ends with each row at its thread
+  low_normed(index, {Site::Gate, Site::Up}, y.ffn_norm, thread);
   share_panels(y.gate.panels(), c_.d_model, thread, loop,
-               [&](int unit, int row0, int rows) { gate_up(y, unit, row0, rows, thread); });
+               [&](int unit, int row0, int rows) { gate_up(index, unit, row0, rows, thread); });
   pool.barrier();
-  project(y.down, s_.hidden.view(), !y.post_ffn_norm, thread, loop + 1);
+  low_hidden(index, thread);
+  project(index, Site::Down, y.down, s_.hidden.view(), !y.post_ffn_norm, thread, loop + 1);
   pool.barrier();
 }
 

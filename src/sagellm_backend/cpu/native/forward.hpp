@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include <initializer_list>
+
 #include "model.hpp"
 
 namespace sage {
@@ -35,19 +37,28 @@ class Forward {
   void rotate(const Layer& y, int index, int row, int kv_head, int kv_heads, int thread);
   void rotate_heads(float* heads, int n_heads, const float* norm, int index, int row, int thread);
   void attend(int index, const Tile& tile, int thread);
-  void gate_up(const Layer& y, int unit, int row0, int rows, int thread);
+  void gate_up(int index, int unit, int row0, int rows, int thread);
   void experts(const Layer& y, bool straight, int thread, size_t loop);
   void route(int row);
   void deal_experts();
   void expert_unit(const Expert& x, int unit, int first, int rows, int thread);
   void combine(int row, bool straight);
-  void feed_forward(const Layer& y, int thread, size_t loop);
-  void project(const Packed& w, const Activations& x, bool straight, int thread, size_t loop);
+  void feed_forward(int index, int thread, size_t loop);
+  void project(int index, Site site, const Packed& w, const Activations& x, bool straight, int thread, size_t loop);
   void prepare_head(float* row, int i);
   void head(int thread, size_t loop);
   void head_panel(int panel, int thread);
   void sample(int thread, size_t loop);
   void sample_row(int i, int thread);
+  // lora.cpp
+  void plan_adapters();
+  float* low(int row, int place);
+  template <class F>
+  void low_inputs(int index, std::initializer_list<Site> sites, int thread, F&& input_of);
+  void low_normed(int index, std::initializer_list<Site> sites, const float* weight, int thread);
+  void low_attended(int index, int thread);
+  void low_hidden(int index, int thread);
+  void add_low(int index, Site site, int place, int panel, int row0, int rows, float* out, size_t ld, float factor);
   bool stores_logits(int i) const { return out_.logits || !(*in_.sampling)[i].plain_greedy(); }
 
   // Rows are dealt in equal contiguous shares; row r of all row-wise phases belongs to the same thread.
@@ -75,6 +86,9 @@ class Forward {
   std::vector<Row> rows_;
   std::vector<int> first_row_;  // of each sequence
   std::vector<Tile> tiles_;
+  std::vector<const Adapter*> adapters_;  // of each row; empty where no row has one
+  std::vector<float> low_;                // A·x of each row, for up to three projections at a time
+  size_t low_ld_ = 0;
 };
 
 template <class F>

@@ -222,6 +222,8 @@ void Model::check(const StepInput& in, bool hidden_only) const {
   long long rows = 0;
   for (int s = 0; s < in.sequences; s++) {
     if (in.lengths[s] < 1 || in.starts[s] < 0) fail("every sequence needs a start of at least 0 and a length of at least 1");
+    if (in.adapters && in.adapters[s] >= 0 && !adapters_.count(in.adapters[s]))
+      fail("sequence " + std::to_string(s) + " uses adapter " + std::to_string(in.adapters[s]) + ", which is not loaded");
     rows += in.lengths[s];
     const long long end = static_cast<long long>(in.starts[s]) + in.lengths[s];
     if ((end + kBlock - 1) / kBlock > in.table_width)

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels.hpp"
+#include "lora.hpp"
 #include "memory.hpp"
 #include "sample.hpp"
 #include "threads.hpp"
@@ -95,6 +96,7 @@ struct StepInput {
   int n_logits;
   const std::vector<RowParams>* sampling;
   int top_count;  // columns of top_ids and top_logprobs
+  const int32_t* adapters = nullptr;  // of each sequence, -1 for none; or null
 };
 
 struct StepOutput {
@@ -153,6 +155,10 @@ class Model {
   // Throws std::invalid_argument for input outside the limits.
   void step(const StepInput& in, const StepOutput& out);
 
+  // One slot of adapter `number`: A is rank × k, B is n × rank. Not while a step runs.
+  void set_adapter(int number, const std::string& slot, const float* a, const float* b, int rank, int k, int n);
+  void drop_adapter(int number);
+
   void copy_blocks(const std::vector<std::pair<int, int>>& pairs);
   void export_blocks(const std::vector<int>& blocks, uint8_t* to) const;
   void import_blocks(const std::vector<int>& blocks, const uint8_t* from);
@@ -180,6 +186,7 @@ class Model {
   std::vector<Layer> layers_;
   const float* final_norm_ = nullptr;
   Packed embed_, head_;
+  std::unordered_map<int, Adapter> adapters_;
   KvCache kv_;
   Limits limits_;
   Scratch scratch_;
