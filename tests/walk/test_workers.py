@@ -1,5 +1,7 @@
 """``sage-llm serve --workers 2``: two gateways, one supervisor, one engine."""
 
+import contextlib
+import json
 import os
 import re
 import signal
@@ -57,6 +59,50 @@ def test_a_worker_is_killed(served):
     assert state(engine)
     assert served.stop() == 0
     assert not any(state(pid) for pid in (engine, *workers))
+
+
+def test_stream_goes_on_after_its_worker_died(served):
+    """A client whose gateway was killed in mid-stream sends its request again with the last id, and has the whole answer."""
+    body = {**BODY, "max_tokens": 400, "temperature": 1.0, "stream": True, "seed": None}
+    workers, got, last_id = pids(served.output, "workers"), "", ""
+
+    def take(headers: dict[str, str], until: int) -> bool:
+        nonlocal got, last_id
+        with httpx2.stream(
+            "POST", f"{served.base_url}/chat/completions", json=body, headers=headers, timeout=30
+        ) as reply:
+            for row in reply.iter_lines():
+                if row.startswith("id: "):
+                    last_id = row[4:]
+                elif row == "data: [DONE]":
+                    return True
+                elif row.startswith("data: "):
+                    chunk = json.loads(row[6:])
+                    got += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+                    if len(got) > until:
+                        for pid in workers:
+                            os.kill(pid, signal.SIGKILL)
+                        until = 10**9
+        return False
+
+    with contextlib.suppress(httpx2.HTTPError):
+        assert not take({"X-Stream-Resume": "true"}, 20)
+    killed_at = len(got)
+    assert 20 < killed_at < 400
+    wait_until(lambda: sum("starting another" in line for line in served.output) == 2)
+    first_id = last_id
+    wait_until(lambda: answers(served.base_url))
+    assert take({"Last-Event-ID": last_id}, 10**9)
+    resumed, got = got, ""
+    assert take({"Last-Event-ID": first_id.partition(".")[0] + ".0"}, 10**9)
+    assert resumed == got  # the whole answer in one piece, from the same id
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx2.get(url.removesuffix("/v1") + "/ready", timeout=5).status_code == 200
+    except httpx2.HTTPError:
+        return False
 
 
 def test_the_engine_is_killed(served):

@@ -13,8 +13,9 @@ from sagellm_gateway.dialects import openai_chat, openai_completions
 from sagellm_gateway.dialects.openai_common import Head, ignored_fields, wants_usage
 from sagellm_gateway.errors import HttpError
 from sagellm_gateway.jsonbody import convert
+from sagellm_gateway.resume import ResumableFrames, remaining, resume_of
 from sagellm_gateway.routes.generation import echoed, extras, generate, merged, new_id, now
-from sagellm_gateway.streaming import guarded, stream
+from sagellm_gateway.streaming import Frames, guarded, stream
 from sagellm_protocol.generation import GenerationEnd
 
 __all__ = ["chat_completions", "completions"]
@@ -26,18 +27,25 @@ async def chat_completions(call: Call) -> None:
     body = convert(raw, openai_chat.ChatBody)
     call.ignore(ignored_fields(raw, openai_chat.KNOWN))
     wants = openai_chat.stream_wants_usage(body)
-    head = Head(new_id("chatcmpl-"), now(), body.model)
+    resume = resume_of(call, "chatcmpl-") if body.stream else None
+    head = Head((resume.answer_id if resume else "") or new_id("chatcmpl-"), now(), body.model)
     asked = list(body.messages)
     if body.session_id is not None:
         body.messages = [*await _remembered(call, body.session_id), *asked]
     request = openai_chat.request_of(body, head.id, call.gateway.config.limits, **extras(call, body.model))
     call.scope["sagellm.model"] = request.model
+    if resume is not None:
+        request = resume.prepare(request)
     events = generate(call, request)
     if body.session_id is not None:
         events = _remembering(call, body.session_id, asked, request.n, events)
     logprobs = request.sampling.logprobs is not None
     if body.stream:
-        await stream(call, events, openai_chat.ChatFrames(head, request.n, usage=wants, logprobs=logprobs))
+        frames: Frames = openai_chat.ChatFrames(head, request.n, usage=wants, logprobs=logprobs)
+        if resume is not None:
+            frames = ResumableFrames(frames, head.id, request.n, resume)
+            events = remaining(events, resume.sent) if resume.answer_id else events
+        await stream(call, events, frames)
         return
     result = openai_chat.ChatResult(request.n)
     async with guarded(call, events) as source:
