@@ -17,6 +17,7 @@ _native = pytest.importorskip("sagellm_backend.cpu._native", reason="built witho
 
 OPTIONS = LoadOptions(n_blocks=64, max_rows=256, max_logit_rows=64, threads=2)
 BF16 = Kit(CpuBackend(), tolerance=0.1, format_tolerance=0.3, options=OPTIONS)
+INT8 = replace(BF16, tolerance=0.25, options=replace(OPTIONS, kv_dtype="int8"), formats=BF16.formats[:1])
 EXACT = replace(BF16, tolerance=2e-3, options=replace(OPTIONS, kv_dtype="f32"), formats=())
 
 
@@ -31,6 +32,12 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_conformance_with_bf16_cache(check: Callable[[Kit], None]) -> None:
     """Every check of the kit holds with the default cache."""
     check(BF16)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_conformance_with_int8_cache(check: Callable[[Kit], None]) -> None:
+    """Every check of the kit holds with a cache of 8 bits."""
+    check(INT8)
 
 
 @pytest.mark.parametrize("check", CHECKS[:2], ids=lambda check: check.__name__)

@@ -99,7 +99,7 @@ def test_rotation_equals_the_twin(isa: str, seed: int, half: int, interleaved: b
 @settings(max_examples=50, deadline=None)
 @given(
     ISAS,
-    st.sampled_from([("f32", 2e-5), ("bf16", 4e-2)]),
+    st.sampled_from([("f32", 2e-5), ("bf16", 4e-2), ("int8", 6e-2)]),
     SEEDS,
     st.sampled_from([2, 16, 40, 64, 96, 128, 256]),
     st.integers(1, 700),
