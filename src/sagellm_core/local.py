@@ -15,10 +15,9 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import msgspec
-
 from sagellm_core.engine import Engine
 from sagellm_core.handover import Handover
+from sagellm_protocol.deltas import join_deltas
 from sagellm_protocol.embedding import EmbedRequest, EmbedResult
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
 from sagellm_protocol.errors import EngineDiedError, ErrorCode, SageError, UnavailableError
@@ -41,12 +40,12 @@ class _Stream:
     def __init__(self, request: EngineRequest, loop: asyncio.AbstractEventLoop) -> None:
         self.request = request
         self.loop = loop
-        self._delta: TokenDelta | None = None
+        self._deltas: list[TokenDelta] = []
         self._error: SageError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def push(self, delta: TokenDelta) -> None:
-        self._delta = delta if self._delta is None else _joined(self._delta, delta)
+        self._deltas.append(delta)
         self._wake()
 
     def fail(self, error: SageError) -> None:
@@ -54,12 +53,13 @@ class _Stream:
         self._wake()
 
     async def next(self) -> TokenDelta:
-        while self._delta is None:
+        while not self._deltas:
             if self._error is not None:
                 raise self._error
             self._waiter = self.loop.create_future()
             await self._waiter
-        delta, self._delta = self._delta, None
+        delta = join_deltas(self._deltas)
+        self._deltas.clear()
         return delta
 
     def _wake(self) -> None:
@@ -374,21 +374,6 @@ def _close_at_exit(engine: LocalEngine) -> None:
 def _close_all() -> None:
     for engine in list(_open):
         engine.close_sync(_EXIT_S)
-
-
-def _joined(first: TokenDelta, second: TokenDelta) -> TokenDelta:
-    """Return two deltas of one sequence as one."""
-    logprobs = first.logprobs
-    if second.logprobs is not None:
-        logprobs = (*(logprobs or ()), *second.logprobs)
-    return msgspec.structs.replace(
-        first,
-        token_ids=first.token_ids + second.token_ids,
-        logprobs=logprobs,
-        finish_reason=second.finish_reason,
-        stop_token_id=second.stop_token_id,
-        error=second.error,
-    )
 
 
 def _push_all(batch: list[tuple[_Stream, TokenDelta]]) -> None:
