@@ -76,7 +76,7 @@ def chat_prompt(
         opened = False
     plan = ParserPlan(
         tools=_tool_format(request, template, tokenizer, tools, forced=forced),
-        names=frozenset(tool.name for tool in tools),
+        specs=tools,
         reasoning=None if constrained else marks,
         opened=opened,
         parallel=request.parallel_tool_calls,

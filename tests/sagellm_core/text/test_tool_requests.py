@@ -257,6 +257,7 @@ def test_reasoning_that_the_prompt_opens(thinker: Callable[[str], TextChatModel]
     ("template", "tokens", "form"),
     [
         ("<tool_call> tools", ["<tool_call>"], "hermes"),
+        ("<tool_call> <function=f> tools", ["<tool_call>"], "xml"),
         ("[AVAILABLE_TOOLS] [TOOL_CALLS]", ["[TOOL_CALLS]"], "mistral"),
         ("tools", ["<|python_tag|>"], "llama3"),
         ("<|start_header_id|> tools", [], "llama3"),

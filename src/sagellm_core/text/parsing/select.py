@@ -8,11 +8,14 @@ from typing import Literal
 
 from sagellm_core.text.parsing.base import CallLog, OutputParser, PlainText, mistral_call_id
 from sagellm_core.text.parsing.reasoning import ReasoningParser
-from sagellm_core.text.parsing.tools import BareJson, FunctionBlocks, ListedJson, TaggedJson
+from sagellm_core.text.parsing.tools import BareJson, FunctionBlocks, ListedJson, TaggedJson, parse_block, parse_tags
+from sagellm_protocol.generation import FunctionSpec
 
 __all__ = ["ParserPlan", "ToolFormat", "reasoning_marks", "tool_format"]
 
-ToolFormat = Literal["none", "forced", "hermes", "llama3", "mistral", "granite", "function-gemma", "gemma4", "generic"]
+ToolFormat = Literal[
+    "none", "forced", "hermes", "llama3", "mistral", "granite", "function-gemma", "gemma4", "xml", "generic"
+]
 
 _FENCES = ("```json", "```")
 _BLOCKS = {
@@ -21,6 +24,7 @@ _BLOCKS = {
 }
 _SHOWN: dict[ToolFormat, tuple[str, ...]] = {
     "hermes": ("<tool_call>", "</tool_call>"),
+    "xml": ("<tool_call>", "</tool_call>"),
     "generic": ("<tool_call>", "</tool_call>"),
     "llama3": ("<|python_tag|>",),
     "mistral": ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
@@ -33,6 +37,7 @@ _SIGNS: tuple[tuple[ToolFormat, str, bool], ...] = (
     ("gemma4", "<|tool_call>", True),
     ("granite", "<|tool_call|>", True),
     ("mistral", "[TOOL_CALLS]", False),
+    ("xml", "<function=", False),
     ("hermes", "<tool_call>", False),
     ("llama3", "<|python_tag|>", True),
     ("llama3", "<|start_header_id|>", False),
@@ -70,17 +75,22 @@ class ParserPlan:
 
     Attributes:
         tools: format of calls; ``forced`` is plain JSON, made by a grammar.
-        names: of the request's tools.
+        specs: the request's tools.
         reasoning: marks around reasoning, or None.
         opened: the prompt ends with the first of them.
         parallel: whether more than one call is allowed.
     """
 
     tools: ToolFormat = "none"
-    names: frozenset[str] = frozenset()
+    specs: tuple[FunctionSpec, ...] = ()
     reasoning: tuple[str, str] | None = None
     opened: bool = False
     parallel: bool = True
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the request's tools."""
+        return frozenset(tool.name for tool in self.specs)
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -100,11 +110,15 @@ class ParserPlan:
 
     def _tools(self, calls: CallLog) -> OutputParser:
         if self.tools in _BLOCKS:
-            return FunctionBlocks(calls, *_BLOCKS[self.tools])
+            start, end, quote = _BLOCKS[self.tools]
+            return FunctionBlocks(calls, start, end, lambda block: parse_block(block, quote))
         make: dict[str, Callable[[], OutputParser]] = {
             "none": PlainText,
             "forced": lambda: BareJson(calls, self.names),
             "hermes": lambda: TaggedJson(calls),
+            "xml": lambda: FunctionBlocks(
+                calls, "<tool_call>", "</tool_call>", lambda block: parse_tags(block, self.specs)
+            ),
             "llama3": lambda: BareJson(calls, self.names, ("<|python_tag|>", *_FENCES)),
             "mistral": lambda: ListedJson(calls, "[TOOL_CALLS]"),
             "granite": lambda: ListedJson(calls, "<|tool_call|>", "<|/tool_call|>"),

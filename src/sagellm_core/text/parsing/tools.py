@@ -9,8 +9,9 @@ from typing import Any
 
 from sagellm_core.text.parsing.base import CallLog, Marker, Output, OutputParser, PlainText, TextOut
 from sagellm_core.text.parsing.json_call import CallScanner, ValueScanner
+from sagellm_protocol.generation import FunctionSpec
 
-__all__ = ["BareJson", "FunctionBlocks", "ListedJson", "TaggedJson", "parse_block"]
+__all__ = ["BareJson", "FunctionBlocks", "ListedJson", "TaggedJson", "parse_block", "parse_tags"]
 
 
 _MAX_HEAD = 1000  # a function's name is shorter
@@ -256,11 +257,22 @@ class ListedJson:
         return text[taken:]
 
 
-class FunctionBlocks:
-    """``<start_function_call>call:name{key:value,…}<end_function_call>`` with quoted strings (function gemma, gemma 4)."""
+Block = Callable[[str], tuple[str, dict[str, Any]] | None]
 
-    def __init__(self, calls: CallLog, start: str, end: str, quote: str) -> None:
-        self._calls, self._start_tag, self._quote = calls, start, quote
+
+class FunctionBlocks:
+    """Calls in a notation of their own between two marks (function gemma, gemma 4, qwen 3 coder); each comes out whole."""
+
+    def __init__(self, calls: CallLog, start: str, end: str, read: Block) -> None:
+        """Begin.
+
+        Args:
+            calls: numbers the calls.
+            start: the mark before a call.
+            end: the mark behind it.
+            read: text between the marks -> name and arguments, None if it is no call.
+        """
+        self._calls, self._start_tag, self._parse = calls, start, read
         self._start, self._end = Marker(start), Marker(end)
         self._text = TextOut()
         self._block: list[str] | None = None
@@ -287,13 +299,50 @@ class FunctionBlocks:
         self._text.finish(out)
 
     def _read(self, block: str, end: str, out: Output) -> None:
-        parsed = parse_block(block, self._quote)
+        parsed = self._parse(block)
         if parsed is None:
             self._text.write(self._start_tag + block + end, out)
             return
         self._text.before_call()
         self._calls.begin(parsed[0], out)
         self._calls.arguments(json.dumps(parsed[1], ensure_ascii=False), out)
+
+
+_FUNCTION = re.compile(r"\s*<function=([^>\s]+)>(.*)</function>\s*", re.DOTALL)
+_PARAMETER = re.compile(r"\s*<parameter=([^>\s]+)>\n?")
+
+
+def parse_tags(block: str, tools: Collection[FunctionSpec]) -> tuple[str, dict[str, Any]] | None:
+    """Return name and arguments of ``<function=name><parameter=key>value</parameter></function>``, None if it is malformed.
+
+    Values are text where the tool's schema says so, or says nothing, and JSON else.
+    """
+    match = _FUNCTION.fullmatch(block)
+    if match is None:
+        return None
+    name, body = match[1], match[2]
+    schema = next((tool.parameters for tool in tools if tool.name == name), None) or {}
+    known = schema.get("properties")
+    out: dict[str, Any] = {}
+    at = 0
+    while key := _PARAMETER.match(body, at):
+        end = body.find("</parameter>", key.end())
+        if end < 0:
+            return None
+        value = body[key.end() : end].removesuffix("\n")
+        out[key[1]] = _typed(value, known.get(key[1]) if isinstance(known, dict) else None)
+        at = end + len("</parameter>")
+    return (name, out) if not body[at:].strip() else None
+
+
+def _typed(value: str, schema: Any) -> Any:
+    kind = schema.get("type") if isinstance(schema, dict) else None
+    if kind is None or kind == "string":
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 _BLOCK = re.compile(r"\s*call:\s*([^\s{]+)\s*(\{.*\})\s*", re.DOTALL)
