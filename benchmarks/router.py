@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import shlex
@@ -172,7 +173,7 @@ class Cluster:
         )
         deadline = time.monotonic() + 40
         while time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, http.client.HTTPException):
                 request = urllib.request.Request(
                     f"http://127.0.0.1:{port}/v1/chat/completions", body.encode(), {"content-type": "application/json"}
                 )
