@@ -115,6 +115,10 @@ class Adapters:
         for client in self._clients(model):
             await client.unload_adapter(name)
         self._loaded.pop(name, None)
+        for engine in self._registry.of_model(model):
+            if engine.status is not None:  # its last report is older than this
+                left = tuple(other for other in engine.status.adapters if other != name)
+                engine.status = msgspec.structs.replace(engine.status, adapters=left)
 
     async def prepare(self, engine: Engine, client: EngineClient) -> None:
         """Load on an engine that is about to serve what its siblings have; a failure is logged, the base model serves."""
