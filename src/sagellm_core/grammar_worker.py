@@ -2,7 +2,7 @@
 
     python -m sagellm_core.grammar_worker LIMIT_BYTES
 
-reads one grammar a line (JSON text) and answers each with a line ``{"error": ..., "bytes": ...}``.
+writes ``ready``, then reads one grammar a line (JSON text) and answers each with a line ``{"error": ..., "bytes": ...}``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import msgspec
 __all__ = ["CheckWorker", "Verdict", "main"]
 
 _MB = 1 << 20
+_START_S = 60.0
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -43,15 +44,15 @@ class CheckWorker:
 
     def check(self, grammar: str) -> Verdict:
         """Compile `grammar` there; a verdict comes within the timeout, whatever the grammar does."""
+        line: bytes | None = b""
         process = self._running()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(msgspec.json.encode(grammar) + b"\n")
-            process.stdin.flush()
-            line = self._read_line(process.stdout)
-        except BrokenPipeError:
-            line = b""
+        if process is not None and process.stdin is not None and process.stdout is not None:
+            try:
+                process.stdin.write(msgspec.json.encode(grammar) + b"\n")
+                process.stdin.flush()
+                line = _read_line(process.stdout, self._timeout)
+            except BrokenPipeError:
+                line = b""
         if line is None:
             self.close()
             return Verdict(f"compiling it takes more than {self._timeout:g} s: simplify it")
@@ -70,7 +71,8 @@ class CheckWorker:
                 if stream is not None:
                     stream.close()
 
-    def _running(self) -> subprocess.Popen[bytes]:
+    def _running(self) -> subprocess.Popen[bytes] | None:
+        """Return the worker, started if need be; None if it cannot start within its memory limit."""
         if self._process is not None and self._process.poll() is not None:
             self.close()
         if self._process is None:
@@ -81,21 +83,25 @@ class CheckWorker:
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
             )
+            # The time to start Python is not the grammar's.
+            if self._process.stdout is None or not _read_line(self._process.stdout, _START_S):
+                self.close()
         return self._process
 
-    def _read_line(self, stream: IO[bytes]) -> bytes | None:
-        """Read until a line ends or the stream does; None when the time is over."""
-        deadline = time.monotonic() + self._timeout
-        out = b""
-        while not out.endswith(b"\n"):
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([stream], [], [], left)[0]:
-                return None
-            data = os.read(stream.fileno(), 1 << 16)
-            if not data:
-                break
-            out += data
-        return out
+
+def _read_line(stream: IO[bytes], seconds: float) -> bytes | None:
+    """Read until a line ends or the stream does; None when the time is over."""
+    deadline = time.monotonic() + seconds
+    out = b""
+    while not out.endswith(b"\n"):
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([stream], [], [], left)[0]:
+            return None
+        data = os.read(stream.fileno(), 1 << 16)
+        if not data:
+            break
+        out += data
+    return out
 
 
 def main(limit_bytes: int) -> None:
@@ -104,6 +110,8 @@ def main(limit_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     from llguidance import LLMatcher
 
+    sys.stdout.buffer.write(b"ready\n")
+    sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:
         grammar = msgspec.json.decode(line, type=str)
         before = _peak_bytes()

@@ -99,7 +99,7 @@ def test_a_text_that_cannot_fit_is_not_tokenised(chat_model: TextChatModel) -> N
         start = time.thread_time()
         with pytest.raises(ContextLengthError, match=r"20000\d+ characters, at least 1\d+ tokens; .* 256: shorten"):
             chat_model.prepare(request)
-        assert time.thread_time() - start < 1.0
+        assert time.thread_time() - start < 5.0
 
 
 def test_only_a_beginning_that_does_not_fit_is_enough(write_vocabulary: Callable[..., Path], tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def test_stop_strings_are_found_under_any_cut(text: str, stops: list[str], cuts:
     assert (out, matcher.matched) == (want, stop)
 
 
+@pytest.mark.slow
 def test_stop_matching_takes_linear_time() -> None:
     """A long output against a stop string that nearly matches everywhere takes a time proportional to its length."""
 

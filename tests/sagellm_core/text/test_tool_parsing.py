@@ -212,6 +212,7 @@ def test_arguments_stream() -> None:
     assert [(c.name, c.arguments) for c in out.calls] == [("get", '{"text": "Once upon')]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", sorted(_FORMATS))
 @pytest.mark.parametrize("unit", ["<tool_call", " ", "{", '{"a": "', "\\"])
 def test_parsing_takes_linear_time(form: str, unit: str) -> None:
