@@ -134,8 +134,8 @@ class HealthConfig(msgspec.Struct, frozen=True, kw_only=True):
     interval_s: float = 1.0
     timeout_s: float = 2.0
     failures: int = 3
-    hung_s: float = 15.0
-    stall_s: float = 30.0
+    hung_s: float = 60.0
+    stall_s: float = 120.0
     stale_s: float = 5.0
 
 

@@ -220,12 +220,16 @@ async def test_a_real_model_continues_token_for_token(tmp_path, default_model_pa
         expected = await run_all(manager, wanted, 6)
         task = asyncio.create_task(run_all(manager, wanted, 6))
         for _ in range(2):
-            while not task.done() and not all(e.active_requests for e in manager.list_engines()):  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
+            while not task.done():
+                ready = manager.list_engines(EngineState.READY)
+                busy = max(ready, key=lambda e: e.active_requests)
+                if len(ready) == 2 and busy.active_requests >= 2:
+                    break
+                await asyncio.sleep(0.02)
             await asyncio.sleep(0.5)
-            busy = max(manager.list_engines(EngineState.READY), key=lambda e: e.active_requests)
-            if busy.active_requests:
+            if not task.done():
                 os.kill(busy.pid, signal.SIGKILL)
+                await asyncio.sleep(0.5)
         assert await task == expected
         assert manager.get_scheduling_metrics().migrations > 0
 
