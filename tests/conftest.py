@@ -82,7 +82,7 @@ class ServerProcess:
             self.stop()
             pytest.fail("the server did not come up:\n" + "".join(self.output))
 
-    def stop(self, timeout: float = 20.0) -> int:
+    def stop(self, timeout: float = 60.0) -> int:
         """Ask it to end as Ctrl-C does, and return its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
@@ -103,7 +103,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     started: list[ServerProcess] = []
     state = tmp_path_factory.mktemp("state")  # no keys, sessions or logs of the person who runs the tests
 
-    def start(*args: str, timeout: float = 60.0, env: dict[str, str] | None = None) -> ServerProcess:
+    def start(*args: str, timeout: float = 110.0, env: dict[str, str] | None = None) -> ServerProcess:
         process = subprocess.Popen(
             [sys.executable, "-m", "sagellm.cli.main", "serve", "--port", "0", *args],
             stdout=subprocess.PIPE,

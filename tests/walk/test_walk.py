@@ -71,7 +71,7 @@ def test_a_killed_engine_is_a_503_and_comes_back(start_server: Callable[..., Any
     os.kill(before[0], signal.SIGKILL)
     body = {"model": "mock", "messages": QUESTION, "max_tokens": 4, "temperature": 0}
     saw_unavailable = False
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 100
     with httpx2.Client(timeout=30) as http:
         while time.monotonic() < deadline:
             reply = http.post(f"{server.base_url}/chat/completions", json=body)
@@ -83,7 +83,7 @@ def test_a_killed_engine_is_a_503_and_comes_back(start_server: Callable[..., Any
                 assert set(error) == {"message", "type", "param", "code"}
                 assert isinstance(error["code"], str)
         else:
-            pytest.fail("the engine did not come back within 30 s")
+            pytest.fail("the engine did not come back within 100 s")
         assert saw_unavailable or reply.status_code == 200
         assert http.get(f"{server.root_url}/ready").status_code == 200
     assert server.process.poll() is None

@@ -103,6 +103,7 @@ def bench(*args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_server_of_known_speed_is_measured_right(start_server: Any, tmp_path: Path) -> None:
     """Against a mock that takes 20 ms a token, TPOT is 20 ms within the scheduling noise, and all files are written."""
     # 4.15 ms a step with one sequence, times 5.

@@ -48,7 +48,7 @@ class Terminal:
         os.close(slave)
         self.seen = ""
 
-    def wait_for(self, pattern: str, timeout: float = 15.0) -> str:
+    def wait_for(self, pattern: str, timeout: float = 60.0) -> str:
         """Read until the regular expression is on the screen; return what was seen since the last call."""
         deadline = time.monotonic() + timeout
         while not re.search(pattern, ANSI.sub("", self.seen)):
@@ -82,13 +82,13 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
 
 def leave(terminal: Terminal) -> int:
     terminal.type("/bye\r")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while terminal.process.poll() is None and time.monotonic() < deadline:
         ready, _, _ = select.select([terminal.master], [], [], 0.2)
         if ready:
             with contextlib.suppress(OSError):
                 os.read(terminal.master, 65536)
-    return terminal.process.wait(5)
+    return terminal.process.wait(30)
 
 
 def test_a_conversation_in_a_terminal(terminal: Terminal) -> None:
