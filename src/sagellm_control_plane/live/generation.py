@@ -91,12 +91,12 @@ class Generation:
         Raises:
             SageError: a choice failed; the others are aborted.
         """
-        for index, engine_request in enumerate(self._prepared.engine_requests):
-            self._open.add(index)
-            view = self._view(engine_request)
-            self.sequences.append(self._dispatcher.open(index, engine_request, view, self._mailbox))
         started = False
         try:
+            for index, engine_request in enumerate(self._prepared.engine_requests):
+                self._open.add(index)
+                view = self._view(engine_request)
+                self.sequences.append(self._dispatcher.open(index, engine_request, view, self._mailbox))
             while self._open:
                 for index, item in await self._mailbox.take():
                     if isinstance(item, Error):
@@ -143,7 +143,12 @@ class Generation:
     def _start(self, index: int, delta: TokenDelta) -> GenerationStart:
         logprobs = delta.prompt_logprobs
         if logprobs is not None:
-            logprobs = tuple(None if entry is None else self._with_text(entry) for entry in logprobs)
+            # A text side that knows the bytes of its tokens spells them; the port alone gives text.
+            spell = getattr(self._model, "spell_logprobs", None)
+            if spell is not None:
+                logprobs = tuple(spell(logprobs))
+            else:
+                logprobs = tuple(None if entry is None else self._with_text(entry) for entry in logprobs)
         return GenerationStart(
             request_id=self.request.request_id,
             model=self.request.model,
