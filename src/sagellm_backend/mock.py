@@ -42,13 +42,30 @@ BYTE_VOCAB = 260
 """256 bytes, then bos, eos, im_start, im_end."""
 EOS, IM_START, IM_END = 257, 258, 259
 
-_VOCABULARY = (
-    "the a one each some light stone river window answer morning garden number letter engine silver paper circle market "
-    "winter summer forest signal harbour teacher question pattern village mountain library journey engineer carries finds "
-    "keeps opens follows turns holds gives shows builds reads writes counts moves rests quietly slowly often never gladly "
-    "under over beside between around through small bright early quiet wide narrow green heavy simple careful open"
+_PHRASES = (
+    "a careful answer takes a little time",
+    "bright windows look over the harbour",
+    "children read quietly in the library",
+    "day after day the engine counts its steps",
+    "every letter finds its way home",
+    "from the mountain one sees the whole valley",
+    "green gardens grow beside the river",
+    "here the road turns towards the village",
+    "in winter the market opens late",
+    "journeys begin with a small question",
+    "light moves slowly over the paper",
+    "many voices follow the same pattern",
+    "night comes early between the hills",
+    "one number is as good as another",
+    "people often keep what they have written",
+    "quiet work is seldom seen",
+    "rain falls gently on the forest",
+    "some stones are older than the town",
+    "the teacher writes a line on the board",
+    "under the bridge the water is deep",
+    "when the signal changes everybody waits",
+    "yellow leaves cover the narrow path",
 )
-_WORDS = tuple(_VOCABULARY.split())
 
 
 def mock_spec(context_length: int = 8192) -> DecoderSpec:
@@ -112,7 +129,7 @@ class NextToken(Protocol):
 
 
 class WordSalad:
-    """Sentences of common words: each word is picked by a checksum of all tokens before it.
+    """Plain phrases in sentences: each phrase is picked by a checksum of all tokens before it.
 
     For the byte vocabulary only; with any other the checksum picks the id itself.
     """
@@ -121,31 +138,32 @@ class WordSalad:
         self._vocab_size = vocab_size
 
     def __call__(self, tokens: Int32, row: RowSampling, /) -> Next:
-        """Return the next byte of a word, a space, a full stop, or the end after some sentences."""
+        """Return the next byte of a phrase, a comma or a full stop, or the end after some sentences."""
         if self._vocab_size != BYTE_VOCAB:
             return Next((zlib.crc32(tokens.tobytes()) % self._vocab_size,))
-        text = tokens[-32:]
-        breaks = np.flatnonzero((text <= 32) | (text > 255))
+        text = tokens[-64:]
+        breaks = np.flatnonzero((text < 32) | (text > 255) | (text == ord(",")) | (text == ord(".")))
         fragment = text[breaks[-1] + 1 :] if breaks.size else text
         before = zlib.crc32(tokens[: tokens.size - fragment.size].tobytes())
-        spelled = bytes((fragment & 255).astype(np.uint8))
-        if not spelled:
-            picks = (_WORDS[(before >> shift) % len(_WORDS)][0] for shift in (0, 7, 14, 21))
-            return Next(tuple(dict.fromkeys(map(ord, picks))))
-        first = row.target < 0 and row.position == 0  # a reply does not begin with its end
-        if spelled.endswith(b".") and before % 3 == 0 and not first:
-            return Next((IM_END if IM_START in tokens else EOS,))
-        return Next((_spell(spelled.decode("latin-1"), before),))
+        spelled = bytes((fragment & 255).astype(np.uint8)).lstrip(b" ").decode("latin-1")
+        if spelled:
+            return Next((_spell(spelled, before),))
+        if fragment.size == 0 and text[-1] in (ord(","), ord(".")):
+            first = row.target < 0 and row.position == 0  # a reply does not begin with its end
+            if text[-1] == ord(".") and before & 1 and not first:
+                return Next((IM_END if IM_START in tokens else EOS,))
+            return Next((ord(" "),))
+        picks = (_PHRASES[(before >> shift) % len(_PHRASES)][0] for shift in (0, 7, 14, 21))
+        return Next(tuple(dict.fromkeys(map(ord, picks))))
 
 
 def _spell(spelled: str, before: int) -> int:
-    """Return the byte that goes on with a word that begins with `spelled`."""
-    likely = _WORDS[before % len(_WORDS)]
-    words = [likely] if likely.startswith(spelled) else [word for word in _WORDS if word.startswith(spelled)]
-    word = words[before % len(words)] if words else spelled
-    if word != spelled:
-        return ord(word[len(spelled)])
-    return ord(".") if (before >> 8) % 7 == 0 and not spelled.endswith(".") else ord(" ")
+    """Return the byte that goes on with a phrase that begins with `spelled`, or that ends it."""
+    phrases = [phrase for phrase in _PHRASES if phrase.startswith(spelled)]
+    phrase = phrases[before % len(phrases)] if phrases else spelled
+    if phrase != spelled:
+        return ord(phrase[len(spelled)])
+    return ord(".") if (before >> 8) & 1 else ord(",")
 
 
 class MockRunner:

@@ -52,7 +52,7 @@ def mock_engine(
 ) -> Engine:
     """Return an engine over the simulated device, at full speed unless `latency` is given.
 
-    What it says is common words, `next_token`, or a `script` (see `sagellm_backend.mock_script`).
+    What it says is plain phrases, `next_token`, or a `script` (see `sagellm_backend.mock_script`).
     """
     if script is not None:
         next_token = ScriptedTokens(script, next_token)
