@@ -12,6 +12,7 @@ import contextlib
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,13 +139,17 @@ class StoreCatalog:
         return load_text_side(self.config(model_id))
 
 
-def engine_argv(spec: EngineSpec, address: str) -> list[str]:
-    """Return the command that runs an engine in its own process, listening on a unix socket or on ``tcp://host:port``."""
+def engine_argv(spec: EngineSpec, address: str, *, keep_alive_s: float = 0.0) -> list[str]:
+    """Return the command that runs an engine in its own process, listening on a unix socket or on ``tcp://host:port``.
+
+    With `keep_alive_s` it unloads its model after so many idle seconds, and loads it again when it is asked.
+    """
     import msgspec
 
     config = msgspec.json.encode(spec.config).decode()
     where = ["--tcp", address.removeprefix("tcp://")] if address.startswith("tcp://") else ["--socket", address]
-    return [sys.executable, "-m", "sagellm_core.server", "--config", config, *where]
+    idle = ["--keep-alive", str(keep_alive_s)] if keep_alive_s else []
+    return [sys.executable, "-m", "sagellm_core.server", "--config", config, *where, *idle]
 
 
 class House:
@@ -269,6 +274,7 @@ def build_server(
     changes: Mapping[str, Any] | None = None,
     *,
     remember: bool = False,
+    keep_alive_s: float = 0.0,
     **policy: Any,
 ) -> House:
     """Return a house whose engines will run in processes of their own; nothing is started yet.
@@ -279,6 +285,7 @@ def build_server(
         changes: to the configuration of engines that are started later.
         remember: note engines beside the gateway's state, one file for each port, so that after a kill -9 the next server on the
             port takes them over. Without it, or without state, they end with this process.
+        keep_alive_s: idle seconds after which an engine unloads its model; 0 is never.
         policy: of the control plane.
     """
     from sagellm_control_plane.live.process_driver import ProcessDriver
@@ -290,7 +297,7 @@ def build_server(
         known = Store(Path(gateway.state_path).with_name(f"engines-{gateway.port}.sqlite"))
     manager = ControlPlaneManager(
         mode="http",
-        driver=ProcessDriver(engine_argv, store=known),
+        driver=ProcessDriver(partial(engine_argv, keep_alive_s=keep_alive_s), store=known),
         catalog=StoreCatalog(configs, changes),
         store=known,
         **policy,

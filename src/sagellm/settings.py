@@ -69,6 +69,7 @@ SETTINGS: dict[str, Setting] = {
         Setting("grace", float, 30.0, "seconds for running requests after SIGTERM"),
         Setting("access_log", bool, False, "one line for each request on stderr"),
         Setting("engines", int, 1, "engine processes for each model"),
+        Setting("keep_alive", float, 0.0, "idle seconds before an engine unloads its model; 0 is never"),
         Setting("workers", int, 1, "gateway processes that share the port"),
         Setting("policy", str, "adaptive", "scheduling policy of the control plane"),
         Setting("routing", str, None, "which engine takes a request; the default belongs to the policy"),

@@ -33,6 +33,12 @@ def serve(
     engines: Annotated[
         int | None, typer.Option(min=1, help="Engine processes for each model [1].", rich_help_panel=_CONTROL)
     ] = None,
+    keep_alive: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Idle seconds before an engine unloads its model; 0 is never [0].", rich_help_panel=_CONTROL
+        ),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Gateway processes that share the port [1].", rich_help_panel=_CONTROL)
     ] = None,
@@ -140,6 +146,7 @@ def start(given: dict[str, Any], name: str | None = None, *, no_models: bool = F
             grace_s=values["grace"],
             access_log=values["access_log"],
             workers=values["workers"],
+            keep_alive_s=values["keep_alive"],
         )
     )
 

@@ -42,6 +42,7 @@ class ServeOptions:
         grace_s: seconds for running requests after SIGTERM.
         access_log: write one line for each request to stderr.
         workers: gateway processes; with more than one a supervisor owns the engines.
+        keep_alive_s: idle seconds after which an engine unloads its model; 0 is never.
     """
 
     host: str
@@ -55,6 +56,7 @@ class ServeOptions:
     grace_s: float = 30.0
     access_log: bool = False
     workers: int = 1
+    keep_alive_s: float = 0.0
 
     def configs(self) -> list[EngineConfig]:
         """Return the configuration of each model's engines.
@@ -98,6 +100,7 @@ def serve_until_stopped(options: ServeOptions) -> None:
         gateway,
         options.changes,
         remember=options.port != 0,
+        keep_alive_s=options.keep_alive_s,
         scheduling_policy=options.policy,
         **options.control,
     )

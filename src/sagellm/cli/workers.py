@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ class Supervisor(LifecycleListener):
         self._began = time.perf_counter()
         self._configs = configs = options.configs()
         self._catalog = compose.StoreCatalog(configs, options.changes)
-        self._driver = ProcessDriver(compose.engine_argv)
+        self._driver = ProcessDriver(partial(compose.engine_argv, keep_alive_s=options.keep_alive_s))
         self._up: dict[str, EngineUp] = {}
         self._workers: dict[int, tuple[Child, asyncio.StreamWriter]] = {}
         self._serving: set[int] = set()
@@ -224,7 +225,9 @@ def main(control_fd: int, listen_fd: int) -> None:
     gateway = msgspec.convert(order.gateway, GatewayConfig)
     configs = options.configs()
     driver = FollowerDriver(control, Path(order.log_dir))
-    house = compose.build_worker(configs, gateway, driver, options.changes, **options.control)
+    house = compose.build_worker(
+        configs, gateway, driver, options.changes, scheduling_policy=options.policy, **options.control
+    )
 
     async def bring_up() -> None:
         for config in configs:
