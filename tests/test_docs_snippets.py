@@ -55,10 +55,10 @@ def run_python(path_or_code: list[str], url: str) -> subprocess.CompletedProcess
 @pytest.mark.model
 @pytest.mark.parametrize("code", snippets("python"))
 def test_python_snippets_run(code: str, server_url: str) -> None:
-    """A Python block runs to its end against a real server and prints something."""
+    """A Python block runs to its end against a real server, and prints where it says so."""
     done = run_python(["-c", code.replace("http://127.0.0.1:8889/v1", server_url)], server_url)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    assert done.stdout.strip() or "print(" not in code
 
 
 @pytest.mark.model
