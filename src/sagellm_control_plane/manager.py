@@ -296,6 +296,17 @@ class ControlPlaneManager:
         """Forget engines that are STOPPED; return their ids."""
         return self._engines.prune()
 
+    def engine_client(self, engine_id: str) -> EngineClient:
+        """Return the client of an engine that has answered, for what this facade does not offer.
+
+        Raises:
+            InvalidArgumentError: unknown, or it has not answered yet.
+        """
+        client = self._dispatcher.registry.get(engine_id).client
+        if client is None:
+            raise InvalidArgumentError(f"engine {engine_id!r} has not answered yet: wait for READY", param="engine_id")
+        return client
+
     def engine_logs(self, engine_id: str, lines: int = 200) -> list[str]:
         """Return the last lines that an engine of ours wrote."""
         self._dispatcher.registry.get(engine_id)

@@ -48,6 +48,7 @@ COMMANDS: dict[str, Command] = {
     "simulate": Command(
         "sagellm_control_plane.sim.command", "Run a trace through the policies, simulated", _OPERATE, "main"
     ),
+    "profile": Command("sagellm.cli.profile", "Measure an engine for the simulator", _OPERATE),
     "info": Command("sagellm.cli.info", "Show this installation and machine", _OPERATE),
     "doctor": Command(
         "sagellm.cli.doctor", "Check the installation and the machine, with the cure of what is wrong", _OPERATE

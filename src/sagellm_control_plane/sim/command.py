@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ttft", type=float, default=2.0, help="objective, seconds")
     parser.add_argument("--tpot", type=float, default=0.06, help="objective, seconds")
-    parser.add_argument("--constants", type=Path, help="engine constants as JSON (fields of EngineConstants)")
+    parser.add_argument("--constants", type=Path, help="engine constants as JSON, as `sage-llm profile` writes them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write all numbers there")
     parser.add_argument("--plot", type=Path, help="write an SVG of goodput over load there")
