@@ -23,6 +23,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         queued_frames: output frames that wait for a slow reader before it is dropped.
         in_flight: requests that run or wait at the same time; more are answered 429.
         file_bytes: of one uploaded file.
+        stored_bytes: of all files of one key.
+        sessions: of one key; the least recently used go first.
     """
 
     body_bytes: int = 32 * 1024 * 1024
@@ -37,6 +39,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     queued_frames: int = 8192
     in_flight: int = 4096
     file_bytes: int = 128 * 1024 * 1024
+    stored_bytes: int = 4 * 1024 * 1024 * 1024
+    sessions: int = 10_000
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):

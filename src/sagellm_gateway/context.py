@@ -102,7 +102,7 @@ class Gateway:
         """Uploaded files and results of batches."""
         from sagellm_gateway.store.files import FileStore
 
-        return FileStore(self.database)
+        return FileStore(self.database, self.config.limits.stored_bytes)
 
     @cached_property
     def batches(self) -> BatchStore:
@@ -125,7 +125,7 @@ class Gateway:
         """Conversations that the server remembers."""
         from sagellm_gateway.store.sessions import SessionStore
 
-        return SessionStore(self.database, self.config.session_ttl_s)
+        return SessionStore(self.database, self.config.session_ttl_s, self.config.limits.sessions)
 
     @cached_property
     def keys(self) -> KeyStore:
@@ -177,7 +177,8 @@ class Gateway:
         if self.draining:
             raise UnavailableError("the server is shutting down: try another one", retry_after_s=5)
         bound = self.config.limits.in_flight
-        if len(self.in_flight) >= bound:
+        unattended = sum(not run.done for run in self.background.values())
+        if len(self.in_flight) + unattended >= bound:
             raise HttpError(
                 429,
                 f"{bound} requests are in flight, the most this server takes",

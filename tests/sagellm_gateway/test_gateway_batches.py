@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm_gateway.config import GatewayConfig
+from sagellm_gateway.config import GatewayConfig, Limits
 from sagellm_gateway.errors import HttpError
 from sagellm_gateway.multipart import parse
 from sagellm_gateway.server import create_app
@@ -188,3 +188,14 @@ def test_form_gives_back_what_was_put_in(contents: list[bytes]) -> None:
         return
     parts = parse(f"multipart/form-data; boundary={mark}".encode(), body)
     assert [p.content for p in parts] == contents
+
+
+def test_files_of_a_key_are_bounded(manager: Any) -> None:
+    """Files beyond the bound of a key are a 429 that says how much is held; deleting makes room."""
+    config = GatewayConfig(limits=Limits(stored_bytes=100))
+    with running(create_app(manager, config)) as server, httpx2.Client(base_url=server.url, trust_env=False) as http:
+        made = upload(http, b"x" * 80)
+        refused = http.post("/v1/files", files={"file": ("a", b"x" * 30)}, data={"purpose": "batch"})
+        assert (refused.status_code, "80" in refused.json()["error"]["message"]) == (429, True)
+        http.delete(f"/v1/files/{made['id']}")
+        upload(http, b"x" * 30)

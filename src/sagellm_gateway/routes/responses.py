@@ -30,6 +30,7 @@ __all__ = ["BackgroundRun", "cancel", "create", "delete", "get", "input_items", 
 log = logging.getLogger("sagellm_gateway")
 
 _MAX_CHAIN = 1000
+_KEPT_LOGS = 256
 
 
 class EventFrames:
@@ -225,8 +226,14 @@ async def _work(call: Call, run: BackgroundRun, request: GenerationRequest, own:
     finally:
         await _save(call, builder, own)
         run.finish()
-        # Late listeners find the stored response; the event log goes after a while.
-        asyncio.get_running_loop().call_later(300, call.gateway.background.pop, request.request_id, None)
+        _forget_old(call.gateway.background)
+
+
+def _forget_old(runs: dict[str, BackgroundRun]) -> None:
+    """Keep the event logs of the last runs only; whoever comes later finds the stored response."""
+    done = [response_id for response_id, run in runs.items() if run.done]
+    for response_id in done[: max(0, len(done) - _KEPT_LOGS)]:
+        del runs[response_id]
 
 
 async def _replay(run: BackgroundRun, after: int) -> AsyncGenerator[Any, None]:

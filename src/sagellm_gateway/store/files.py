@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from sagellm_gateway.store.database import Database
+from sagellm_protocol.errors import ResourceExhaustedError
 
 __all__ = ["FileStore", "StoredFile"]
 
@@ -38,13 +39,23 @@ class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FileStore:
-    """The table of files. Every method takes the owner: one key never sees another's files."""
+    """The table of files. Every method takes the owner: one key never sees another's files.
 
-    def __init__(self, database: Database) -> None:
+    Args:
+        database: where.
+        stored_bytes: of all files of one owner.
+    """
+
+    def __init__(self, database: Database, stored_bytes: int) -> None:
         self._db = database
+        self._bound = stored_bytes
 
     async def add(self, owner: str, filename: str, purpose: str, content: bytes) -> StoredFile:
-        """Store a file."""
+        """Store a file.
+
+        Raises:
+            ResourceExhaustedError: the owner's files would take more than they may.
+        """
         made = StoredFile(
             id="file-" + secrets.token_hex(12),
             filename=filename,
@@ -54,6 +65,11 @@ class FileStore:
         )
 
         def work(db: sqlite3.Connection) -> None:
+            held = db.execute("SELECT COALESCE(SUM(bytes), 0) FROM files WHERE owner = ?", (owner,)).fetchone()[0]
+            if held + made.bytes > self._bound:
+                raise ResourceExhaustedError(
+                    f"the key's files hold {held} bytes, with this one they would pass {self._bound}: delete some"
+                )
             db.execute(
                 "INSERT INTO files (id, owner, filename, purpose, bytes, created, content) VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (made.id, owner, filename, purpose, made.bytes, made.created, content),

@@ -31,12 +31,14 @@ class SessionStore:
     Args:
         database: where.
         ttl_s: seconds without use after which a session is gone.
+        limit: sessions of one owner; the least recently used go first.
         max_messages: of one session; appending beyond drops the oldest.
     """
 
-    def __init__(self, database: Database, ttl_s: float, max_messages: int = 1000) -> None:
+    def __init__(self, database: Database, ttl_s: float, limit: int = 10_000, max_messages: int = 1000) -> None:
         self._db = database
         self._ttl = ttl_s
+        self._limit = limit
         self._max = max_messages
 
     async def create(self, owner: str, title: str) -> Session:
@@ -47,6 +49,10 @@ class SessionStore:
         def work(db: sqlite3.Connection) -> Session:
             db.execute("DELETE FROM sessions WHERE used < ?", (now - self._ttl,))
             db.execute("INSERT INTO sessions VALUES (?, ?, ?, ?, ?)", (session_id, owner, title, now, now))
+            db.execute(
+                "DELETE FROM sessions WHERE id IN (SELECT id FROM sessions WHERE owner = ? ORDER BY used DESC LIMIT -1 OFFSET ?)",
+                (owner, self._limit),
+            )
             return Session(id=session_id, title=title, created_at=now, last_active=now, message_count=0, messages=[])
 
         return await self._db.run(work)
