@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sagellm_backend.base import LoadOptions
+from sagellm_backend.blas import set_blas_threads
 from sagellm_backend.conformance_specs import SPECS, random_weights
 from sagellm_backend.registry import load as load_backend
 from sagellm_core.build import build_engine
@@ -18,6 +19,12 @@ from sagellm_protocol.sampling import SamplingParams
 SPEC = SPECS["llama"]
 WEIGHTS = random_weights(SPEC)
 PROMPTS = [5, 40, 17, 64, 33, 16]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_blas_thread():
+    """Tiny products: threads of a BLAS that wait for each other cost a hundred times the work."""
+    set_blas_threads(1)
 
 
 @pytest.fixture(params=["reference", "cpu"], scope="module")
