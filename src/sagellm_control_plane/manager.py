@@ -218,9 +218,13 @@ class ControlPlaneManager:
             self._prober.soon(engine_id)
         return info
 
-    async def unregister_engine(self, engine_id: str) -> EngineInfo:
-        """Forget an engine; requests on it go on elsewhere."""
-        return await self._engines.unregister(engine_id)
+    def unregister_engine(self, engine_id: str) -> EngineInfo:
+        """Forget an engine; requests on it go on elsewhere.
+
+        Raises:
+            InvalidArgumentError: nobody registered it.
+        """
+        return self._engines.unregister(engine_id)
 
     def get_engine_info(self, engine_id: str) -> EngineInfo:
         """Return one engine.

@@ -232,6 +232,32 @@ async def test_a_request_that_kills_engines_is_failed_and_not_spread():
     assert_idle(manager)
 
 
+async def test_an_unregistered_engine_loses_nothing():
+    """Unregistering moves what runs on the engine, closes its client and makes its id free again."""
+    slow, other = ScriptedEngine("a", token_s=0.01), ScriptedEngine("b")
+    manager = await manager_with(slow)
+    request = ask("long", max_tokens=60)
+    task = asyncio.create_task(collect(manager, request))
+    await until(lambda: slow.steps > 3)
+    await manager.add_engine(other, LetterChatModel())
+    assert manager.unregister_engine("a").state is EngineState.STOPPED
+    assert await task == undisturbed(request)
+    await until(lambda: slow.closed)
+    with pytest.raises(InvalidArgumentError, match="unknown"):
+        manager.unregister_engine("a")
+    await manager.add_engine(ScriptedEngine("a"), LetterChatModel())
+    await manager.stop()
+    assert_idle(manager)
+
+
+def test_engines_by_address_come_and_go_without_an_event_loop():
+    """Registering and unregistering by address needs no running loop."""
+    manager = ControlPlaneManager()
+    assert manager.register_engine("far", "m", "127.0.0.1", 9).state is EngineState.STARTING
+    assert manager.unregister_engine("far").state is EngineState.STOPPED
+    assert manager.list_registered_engines() == []
+
+
 async def test_draining_sends_nothing_new_and_moves_what_is_late():
     """A drained engine finishes what it has; what is late at the end of the grace time goes on elsewhere."""
     slow, other = ScriptedEngine("a", token_s=0.01), ScriptedEngine("b")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -155,12 +155,24 @@ class Engines:
         self._book.note(info)
         return info
 
-    async def unregister(self, engine_id: str) -> EngineInfo:
-        """Forget an engine. Requests on it go on elsewhere; one that we started is stopped."""
+    def unregister(self, engine_id: str) -> EngineInfo:
+        """Forget an engine. Requests on it go on elsewhere; its connection, and its process if it is ours, end in the background."""
         engine = self._dispatcher.forget(engine_id)
         self._book.strike(engine_id)
-        await self._let_go(engine, grace_s=0.0)
+        if engine.spec is not None or engine.client is not None:
+            self._in_background(self._let_go(engine, grace_s=0.0))
         return engine.info
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            # Before the event loop runs nothing can have been connected or started.
+            work.close()
+            return
+        task = loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _info(
         self, engine_id: str, model_id: str, kind: str, metadata: Mapping[str, Any], host: str = "", port: int = 0
@@ -189,7 +201,10 @@ class Engines:
         if recovered is not None and self._registry.find(engine_id) is recovered:
             if _same_start(recovered.spec, spec):
                 return recovered.info
-            await self.unregister(engine_id)
+            # Its process must be gone before another one of the same id starts.
+            self._dispatcher.forget(engine_id)
+            self._book.strike(engine_id)
+            await self._let_go(recovered, grace_s=0.0)
         return (await self._start(spec, driver, catalog)).info
 
     async def _start(self, spec: EngineSpec, driver: LifecycleDriver, catalog: ModelCatalog) -> Engine:

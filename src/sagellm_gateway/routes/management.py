@@ -115,7 +115,7 @@ async def stop_engine(call: Call) -> None:
     if manager.get_engine_info(engine_id).managed:
         info = await manager.request_engine_shutdown(engine_id)
     else:
-        info = await manager.unregister_engine(engine_id)
+        info = manager.unregister_engine(engine_id)
     await call.json(msgspec.to_builtins(info))
 
 

@@ -128,7 +128,7 @@ async def test_stopped_engines_stay_stopped(tmp_path):
     await manager.request_engine_startup("mock", "m-1")
     manager.register_engine("far", "other", "127.0.0.1", 9)
     await manager.request_engine_shutdown("m-1")
-    await manager.unregister_engine("far")
+    manager.unregister_engine("far")
     assert store.engines() == []
     await manager.stop()
     store.close()
