@@ -55,7 +55,7 @@ def observed(requests: list[SimRequest]) -> tuple[float, float]:
 @pytest.mark.parametrize(("servers", "rate"), [(1, 0.5), (4, 2.8)])
 def test_exponential_servers_match_erlang_c(servers, rate):
     """Mean time in the system of M/M/1 and M/M/4 behind the central queue is within 2 % of the closed form."""
-    requests = exponential_work(rate, 60_000, seed=servers)
+    requests = exponential_work(rate, 40_000, seed=servers)
     result = simulate(requests, CONFIG, engines=servers, constants=SERVER)
     rate, service = observed(requests)
     load = rate * service
@@ -66,7 +66,7 @@ def test_exponential_servers_match_erlang_c(servers, rate):
 
 def test_decode_batches_are_processor_sharing():
     """With steps as long as their batch, mean time in the system is that of M/G/1-PS, whatever the lengths' distribution."""
-    step, mean, load, count = 1 / 2000, 500.0, 0.6, 40_000
+    step, mean, load, count = 1 / 2000, 500.0, 0.6, 25_000
     constants = EngineConstants(
         prefill_tps=1e15,
         step_s=0.0,
