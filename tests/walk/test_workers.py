@@ -117,6 +117,18 @@ def test_the_engine_is_killed(served):
     assert chat(served.base_url, 300) == expected
 
 
+def test_engines_are_the_supervisors(served):
+    """A worker neither stops nor starts engines: it says so, and the engine serves on."""
+    root = served.base_url.removesuffix("/v1")
+    stopped = httpx2.delete(f"{root}/v1/management/engines/mock", timeout=30)
+    assert stopped.status_code >= 400
+    assert "belongs to the supervisor" in stopped.text
+    started = httpx2.post(f"{root}/v1/management/engines", json={"model_id": "mock", "engine_id": "two"}, timeout=30)
+    assert started.status_code >= 400
+    assert "cannot be started here" in started.text
+    assert chat(served.base_url)
+
+
 def test_the_supervisor_is_killed(served):
     """When the supervisor is killed its workers and its engine end by themselves."""
     children = [*pids(served.output, "engine"), *pids(served.output, "workers")]

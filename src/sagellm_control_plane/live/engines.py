@@ -157,6 +157,7 @@ class Engines:
 
     def unregister(self, engine_id: str) -> EngineInfo:
         """Forget an engine. Requests on it go on elsewhere; its connection, and its process if it is ours, end in the background."""
+        self._check_stop(engine_id)
         engine = self._dispatcher.forget(engine_id)
         self._book.strike(engine_id)
         if engine.spec is not None or engine.client is not None:
@@ -338,6 +339,7 @@ class Engines:
     async def stop_gracefully(self, engine_id: str, timeout_s: float) -> EngineInfo:
         """Drain, then stop; what still runs after `timeout_s` goes on elsewhere."""
         engine = self._registry.get(engine_id)
+        self._check_stop(engine_id)
         if engine.info.state is EngineState.READY:
             self.start_drain(engine_id)
         if not await self._dispatcher.wait_idle(engine_id, timeout_s):
@@ -347,6 +349,11 @@ class Engines:
         self._book.strike(engine_id)
         await self._let_go(engine, grace_s=10.0)
         return engine.info
+
+    def _check_stop(self, engine_id: str) -> None:
+        engine = self._registry.find(engine_id)
+        if engine is not None and engine.spec is not None and self._driver is not None:
+            self._driver.check_stop(engine_id)
 
     def set_state_by_hand(self, engine_id: str, state: EngineState) -> EngineInfo:
         """Set a state as an operator wishes."""

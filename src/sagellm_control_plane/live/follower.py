@@ -22,6 +22,9 @@ from sagellm_protocol.ports import EngineClient
 __all__ = ["EngineDown", "EngineUp", "FollowerDriver", "FromWorker", "RestartWanted", "ToWorker", "WorkerUp", "line"]
 
 
+_FIXED = "with --workers engines are those of the command line; restart with others, or without --workers"
+
+
 class EngineUp(msgspec.Struct, frozen=True, kw_only=True, tag="up"):
     """An engine answers at `address`."""
 
@@ -70,6 +73,7 @@ class FollowerDriver:
         self._control = control
         self._log_dir = log_dir
         self._writer: asyncio.StreamWriter | None = None
+        self._serving = False
         self._up: dict[str, EngineUp] = {}
         self._waiting: dict[str, asyncio.Future[EngineUp]] = {}
         self._listeners: dict[str, LifecycleListener] = {}
@@ -112,18 +116,19 @@ class FollowerDriver:
 
         Raises:
             UnavailableError: it has not within `spec.ready_timeout_s`.
+            UnsupportedError: all engines are up, and this is none of them.
         """
         engine_id = spec.engine_id
         up = self._up.get(engine_id)
+        if up is None and self._serving:
+            raise UnsupportedError(f"engine {engine_id!r} cannot be started here: {_FIXED}", param="engine_id")
         if up is None:
             waiting = self._waiting.setdefault(engine_id, asyncio.get_running_loop().create_future())
             try:
                 up = await asyncio.wait_for(waiting, spec.ready_timeout_s)
             except asyncio.TimeoutError:
                 self._waiting.pop(engine_id, None)
-                raise UnavailableError(
-                    f"engine {engine_id!r} is none of the supervisor's: with --workers engines are those of the command line"
-                ) from None
+                raise UnavailableError(f"engine {engine_id!r} was not up within {spec.ready_timeout_s:g} s") from None
         self._listeners[engine_id] = listener
         return self._announce(up)
 
@@ -134,16 +139,17 @@ class FollowerDriver:
         del listener, found
         return []
 
-    async def stop_engine(self, engine_id: str, *, grace_s: float = 10.0) -> None:
-        """Let go of an engine. It goes on: the supervisor ends it.
+    def check_stop(self, engine_id: str) -> None:
+        """Refuse: other workers use the engine too.
 
         Raises:
-            UnsupportedError: somebody asks for it by hand (with time to drain), and not because this worker ends.
+            UnsupportedError: always.
         """
-        if grace_s > 0 and engine_id in self._listeners:
-            raise UnsupportedError(
-                "with --workers engines are started and stopped by the supervisor only", param="engine_id"
-            )
+        raise UnsupportedError(f"engine {engine_id!r} belongs to the supervisor: {_FIXED}", param="engine_id")
+
+    async def stop_engine(self, engine_id: str, *, grace_s: float = 10.0) -> None:
+        """Let go of an engine. It goes on: the supervisor ends it."""
+        del grace_s
         self._listeners.pop(engine_id, None)
         client = self._clients.pop(engine_id, None)
         if client is not None:
@@ -155,6 +161,7 @@ class FollowerDriver:
 
     def serving(self, pid: int) -> None:
         """Tell the supervisor that this worker serves."""
+        self._serving = True
         self._send(WorkerUp(pid=pid))
 
     def _send(self, message: FromWorker) -> None:

@@ -112,6 +112,14 @@ class LifecycleDriver(Protocol):
         """
         ...
 
+    def check_stop(self, engine_id: str) -> None:
+        """Refuse, before anything is drained, what `stop_engine` would not do.
+
+        Raises:
+            UnsupportedError: engines are not stopped from here.
+        """
+        ...
+
     async def stop_engine(self, engine_id: str, *, grace_s: float = 10.0) -> None:
         """Ask the engine to end, wait `grace_s`, then kill it. No restart. Idempotent."""
         ...

@@ -262,6 +262,9 @@ class ProcessDriver:
             engine.spec.engine_id, engine.address, token=engine.token, timeouts=self._options.timeouts
         )
 
+    def check_stop(self, engine_id: str) -> None:
+        """Any engine may be stopped."""
+
     async def stop_engine(self, engine_id: str, *, grace_s: float = 10.0) -> None:
         """Ask the engine to finish and end, wait `grace_s`, then kill it. No restart. Idempotent."""
         engine = self._engines.get(engine_id)
