@@ -282,6 +282,9 @@ OTHER: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "detokenize beyond the vocabulary": ("/detokenize", {"model": "mock", "tokens": [2**62]}),
     "detokenize negative": ("/detokenize", {"model": "mock", "tokens": [-5]}),
+    "adapter at a system path": ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "/etc"}),
+    "adapter at no path": ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": ""}),
+    "adapter without a name": ("/v1/load_lora_adapter", {"lora_name": "", "lora_path": "/tmp"}),
     "batch of a foreign file": (
         "/v1/batches",
         {"input_file_id": "../x", "endpoint": "/v1/chat/completions", "completion_window": "24h"},

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import msgspec
 
 from sagellm_gateway.context import Call
+from sagellm_gateway.dialects.openai_common import check_model
 from sagellm_gateway.jsonbody import convert
+from sagellm_protocol.errors import InvalidArgumentError, ModelFileError
 
 __all__ = ["LoadAdapterBody", "UnloadAdapterBody", "load_adapter", "unload_adapter"]
+
+
+log = logging.getLogger("sagellm_gateway")
 
 
 class LoadAdapterBody(msgspec.Struct, kw_only=True):
@@ -27,7 +34,15 @@ class UnloadAdapterBody(msgspec.Struct, kw_only=True):
 async def load_adapter(call: Call) -> None:
     """Load a LoRA adapter on all engines of a model; its name then answers like a model's."""
     body = convert(await call.json_object(), LoadAdapterBody)
-    info = await call.gateway.manager.load_adapter(body.lora_name, body.lora_path, body.model)
+    try:
+        info = await call.gateway.manager.load_adapter(check_model(body.lora_name), body.lora_path, body.model)
+    except ModelFileError as error:
+        # The path came with the request, so it is the request that is wrong; what stands in the files stays in the log.
+        log.warning("request %s: adapter not loaded: %s", call.request_id, error.message)
+        raise InvalidArgumentError(
+            "the adapter's files are missing or cannot be read: lora_path must be a PEFT directory on the engines' machine",
+            param="lora_path",
+        ) from None
     await call.json({"id": info.name, "object": "model", "parent": info.model})
 
 
