@@ -191,13 +191,14 @@ def run_machine(examples: int, steps: int) -> None:
     )
 
 
+@pytest.mark.timeout(600)
 def test_whatever_happens_no_block_and_no_sequence_is_lost_and_every_output_is_that_of_the_sequence_alone():
     """Any interleaving of arrivals, aborts, deadlines, preemption, spill and speculation leaves each result as if it ran alone."""
     run_machine(60, 25)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_the_same_holds_for_many_more_histories():
     """The machine finds nothing in twenty times as many histories."""
     run_machine(1200, 40)
@@ -235,6 +236,7 @@ def test_two_thousand_random_aborts_leave_no_block_held():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_ten_thousand_random_aborts_leave_no_block_held():
     """Ten thousand of them do, too."""
     abort_at_random(12_500, 2)

@@ -177,7 +177,8 @@ def test_re_scoring_equals_generating(backend, alone):
 
 
 @pytest.mark.model
-@pytest.mark.timeout(600)
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_on_a_real_model(default_model_path, tmp_path):
     """SmolLM2 on the default device: batch, chunks, cache, preemption, spill, n-gram and draft all give the same bits."""
     text = "The engine keeps blocks of keys and values, and the scheduler shares one budget of rows. " * 12

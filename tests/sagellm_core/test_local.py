@@ -234,9 +234,10 @@ print("leaving")
 
 def leave_early(model):
     command = [sys.executable, "-c", LEAVE_EARLY, str(model)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.timeout(300)
 def test_the_interpreter_may_end_while_a_step_runs():
     """Leaving the program without closing the engine ends with 0 and without a word on stderr."""
     done = leave_early("mock")
@@ -245,6 +246,7 @@ def test_the_interpreter_may_end_while_a_step_runs():
 
 
 @pytest.mark.model
+@pytest.mark.timeout(300)
 def test_the_interpreter_may_end_while_the_native_device_computes(default_model_path):
     """A thread inside native code does not take the process down at exit."""
     done = leave_early(default_model_path)
@@ -252,6 +254,7 @@ def test_the_interpreter_may_end_while_the_native_device_computes(default_model_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 async def test_two_thousand_disconnects_leave_nothing():
     """Readers that leave at random times leave no block and no sequence."""
     engine = LocalEngine(mock_engine(n_blocks=64, n_ctx=256, max_running=8))
