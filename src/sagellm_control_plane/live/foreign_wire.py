@@ -155,6 +155,39 @@ def _response_format(sampling: SamplingParams) -> dict[str, Any]:
     )
 
 
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: _Details | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: Any = None
+
+
+_NOTHING = _Delta()
+_CHUNK = msgspec.json.Decoder(_Chunk)
+
+
 class StreamReader:
     """Server-sent events of one streamed answer -> deltas. The last delta waits for the usage that follows it."""
 
@@ -203,33 +236,29 @@ class StreamReader:
         if data == b"[DONE]":
             return self.end()
         try:
-            event = msgspec.json.decode(data)
+            event = _CHUNK.decode(data)
         except msgspec.DecodeError as error:
-            raise EngineDiedError(f"the engine sent an event that is no JSON: {error}") from None
-        if not isinstance(event, dict):
-            raise EngineDiedError("the engine sent an event that is no object")
-        if event.get("error"):
-            raise UnavailableError(f"the engine reports: {_message_of(event)[:200]}")
-        usage = event.get("usage")
-        if isinstance(usage, dict) and isinstance(usage.get("prompt_tokens"), int):
-            details = usage.get("prompt_tokens_details") or {}
+            raise EngineDiedError(f"the engine sent an event that is none of this format: {error}") from None
+        if event.error:
+            raise UnavailableError(f"the engine reports: {_message_of({'error': event.error})[:200]}")
+        if event.usage is not None:
+            details = event.usage.prompt_tokens_details
             self._usage = Usage(
-                prompt_tokens=usage["prompt_tokens"],
-                completion_tokens=usage.get("completion_tokens") or 0,
-                cached_tokens=details.get("cached_tokens") or 0,
+                prompt_tokens=event.usage.prompt_tokens,
+                completion_tokens=event.usage.completion_tokens,
+                cached_tokens=(details.cached_tokens or 0) if details is not None else 0,
             )
-        choices = event.get("choices") or []
-        return self._choice(choices[0]) if choices else None
+        return self._choice(event.choices[0]) if event.choices else None
 
-    def _choice(self, choice: dict[str, Any]) -> TokenDelta | None:
-        delta = choice.get("delta") or {}
-        text = (delta.get("content") if self._chat else choice.get("text")) or ""
-        reasoning = delta.get("reasoning_content") or delta.get("reasoning") or ""
-        calls = tuple(_tool_call(call) for call in delta.get("tool_calls") or ())
-        if choice.get("finish_reason"):
-            self._finish = _FINISH.get(choice["finish_reason"], "stop")
-        if not (text or reasoning or calls):
+    def _choice(self, choice: _Choice) -> TokenDelta | None:
+        delta = choice.delta or _NOTHING
+        text = delta.content if self._chat else choice.text
+        reasoning = delta.reasoning_content or delta.reasoning
+        if choice.finish_reason:
+            self._finish = _FINISH.get(choice.finish_reason, "stop")
+        if not (text or reasoning or delta.tool_calls):
             return None
+        calls = tuple(map(_tool_call, delta.tool_calls)) if delta.tool_calls else ()
         return TokenDelta(request_id=self._request_id, text=text or None, reasoning=reasoning or None, tool_calls=calls)
 
     def end(self) -> TokenDelta | None:
