@@ -111,6 +111,9 @@ def _on_granian(app: Starlette, config: GatewayConfig) -> Iterator[Running]:
         http=HTTPModes.http1,
         websockets=False,
         log_enabled=False,
+        # Its default lets 128 requests in at a time: as many slow clients would shut everybody else out.
+        backlog=2048,
+        backpressure=config.limits.in_flight,
         http1_settings=HTTP1Settings(header_read_timeout=round(config.timeouts.header * 1000)),
     )
     loop = asyncio.new_event_loop()

@@ -174,6 +174,25 @@ def test_open_address_without_a_key_refuses_to_start(manager: Any) -> None:
         serve(create_app(manager, config), config)
 
 
+def test_first_key_over_http_must_be_an_admins(manager: Any) -> None:
+    """Nobody can lock the management routes by making a user's key first; after an admin's key all is closed."""
+    with running(create_app(manager)) as server:
+        url = f"{server.url}/v1/management/keys"
+        refused = post(url, json={"name": "a"})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "role")
+        made = post(url, json={"name": "root", "role": "admin"})
+        assert made.status_code == 201
+        assert get(f"{server.url}/v1/models").status_code == 401
+        admin = bearer(made.json()["key"])
+        assert post(url, json={"name": "a"}, headers=admin).status_code == 201
+        listed = get(url, headers=admin).json()["keys"]
+        assert [k["name"] for k in listed] == ["root", "a"]
+        assert "hash" not in listed[0]
+        assert httpx2.delete(f"{url}/a", headers=admin, trust_env=False).status_code == 200
+        assert httpx2.delete(f"{url}/nobody", headers=admin, trust_env=False).status_code == 404
+        assert get(f"{server.url}/v1/management/usage", headers=admin).status_code == 200
+
+
 def test_bucket_refills_evenly() -> None:
     """A bucket of 60 a minute gives one a second and saves up at most 60."""
     bucket = Bucket(60, 0.0)

@@ -231,6 +231,10 @@ async def keys(call: Call) -> None:
 async def add_key(call: Call) -> None:
     """POST keys: the answer holds the secret, this once."""
     body = convert(await call.json_object(), KeyBody)
+    if body.role != "admin" and not call.gateway.keyring.demanded:
+        raise InvalidArgumentError(
+            "the first key must have the role admin: from then on these routes need one", param="role"
+        )
     key, secret = await call.gateway.keys.add_async(
         body.name,
         body.role,  # type: ignore[arg-type]  # the store checks it
