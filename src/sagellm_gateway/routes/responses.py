@@ -11,6 +11,7 @@ from typing import Any
 from sagellm_gateway.context import Call
 from sagellm_gateway.dialects import openai_responses as dialect
 from sagellm_gateway.dialects.openai_common import ignored_fields
+from sagellm_gateway.dialects.responses_builder import ResponseBuilder, event_bytes
 from sagellm_gateway.errors import HttpError
 from sagellm_gateway.jsonbody import convert
 from sagellm_gateway.routes.generation import extras, generate, new_id, now
@@ -39,7 +40,7 @@ class EventFrames:
     content_type = b"text/event-stream; charset=utf-8"
     ping = b": ping\n\n"
 
-    def __init__(self, builder: dialect.ResponseBuilder) -> None:
+    def __init__(self, builder: ResponseBuilder) -> None:
         self._builder = builder
 
     def start(self, event: Any) -> bytes:
@@ -52,17 +53,17 @@ class EventFrames:
 
     def end(self, event: Any) -> bytes:
         """One event, or the terminator."""
-        return b"data: [DONE]\n\n" if event is None else dialect.event_bytes(event)
+        return b"data: [DONE]\n\n" if event is None else event_bytes(event)
 
     def error(self, error: SageError) -> bytes:
         """An error event and response.failed; no terminator follows."""
-        return b"".join(dialect.event_bytes(e) for e in self._builder.error(error))
+        return b"".join(event_bytes(e) for e in self._builder.error(error))
 
 
 class BackgroundRun:
     """A response that is made whether or not anybody listens. Listeners replay its events from any number on."""
 
-    def __init__(self, builder: dialect.ResponseBuilder) -> None:
+    def __init__(self, builder: ResponseBuilder) -> None:
         self.builder = builder
         self.events: list[dict[str, Any]] = []
         self.task: asyncio.Task[None] | None = None
@@ -115,7 +116,7 @@ async def create(call: Call) -> None:
         body, [*history, *own], response_id, call.gateway.config.limits, **extras(call, body.model)
     )
     call.scope["sagellm.model"] = request.model
-    builder = dialect.ResponseBuilder(body, request, now())
+    builder = ResponseBuilder(body, request, now())
     if body.background:
         await _in_background(call, body, builder, request, own)
         return
@@ -132,7 +133,7 @@ async def create(call: Call) -> None:
     await call.json(builder.response)
 
 
-def _take(builder: dialect.ResponseBuilder, event: Any) -> list[dict[str, Any]]:
+def _take(builder: ResponseBuilder, event: Any) -> list[dict[str, Any]]:
     if type(event) is ChoiceDelta:
         return builder.delta(event)
     if type(event) is GenerationEnd:
@@ -141,7 +142,7 @@ def _take(builder: dialect.ResponseBuilder, event: Any) -> list[dict[str, Any]]:
 
 
 async def _built(
-    call: Call, events: AsyncGenerator[Any, None], builder: dialect.ResponseBuilder, own: list[dict[str, Any]]
+    call: Call, events: AsyncGenerator[Any, None], builder: ResponseBuilder, own: list[dict[str, Any]]
 ) -> AsyncGenerator[Any, None]:
     """Yield the response's events; it is stored before its last event is sent, so that a client can fetch it at once."""
     async with contextlib.aclosing(events):
@@ -157,7 +158,7 @@ async def _built(
     yield None
 
 
-async def _save(call: Call, builder: dialect.ResponseBuilder, own: list[dict[str, Any]]) -> None:
+async def _save(call: Call, builder: ResponseBuilder, own: list[dict[str, Any]]) -> None:
     body = builder.response
     stored = StoredResponse(id=body["id"], body=body, input=own, previous=body["previous_response_id"])
     await call.gateway.responses.put(call.principal.key_id, stored)
@@ -189,7 +190,7 @@ async def _history(call: Call, previous: str | None) -> list[dict[str, Any]]:
 async def _in_background(
     call: Call,
     body: dialect.ResponsesBody,
-    builder: dialect.ResponseBuilder,
+    builder: ResponseBuilder,
     request: GenerationRequest,
     own: list[dict[str, Any]],
 ) -> None:
