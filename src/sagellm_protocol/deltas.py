@@ -33,6 +33,7 @@ def join_deltas(deltas: Sequence[TokenDelta]) -> TokenDelta:
         cached_tokens=max(delta.cached_tokens for delta in deltas),
         text="".join(text) if text else None,
         reasoning="".join(reasoning) if reasoning else None,
+        text_tokens=sum(delta.text_tokens for delta in deltas),
         tool_calls=tuple(chain.from_iterable(delta.tool_calls for delta in deltas)),
         usage=next((d.usage for d in reversed(deltas) if d.usage is not None), None),
     )

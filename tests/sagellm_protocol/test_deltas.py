@@ -19,6 +19,7 @@ FULL = {
     "cached_tokens": 2,
     "text": "t",
     "reasoning": "u",
+    "text_tokens": 3,
     "tool_calls": (ToolCallDelta(index=0, arguments="{"),),
     "usage": Usage(prompt_tokens=1, completion_tokens=2),
 }
