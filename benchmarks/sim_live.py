@@ -1,0 +1,106 @@
+"""Live against simulated: the same requests, policy and engine constants over mock engine processes and over the simulator."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import time
+from contextlib import aclosing
+from pathlib import Path
+
+import msgspec
+
+from sagellm_control_plane.config import SLO, AdmissionConfig, CoreConfig
+from sagellm_control_plane.live.lifecycle import EngineSpec
+from sagellm_control_plane.live.process_driver import ProcessDriver, ProcessOptions
+from sagellm_control_plane.manager import ControlPlaneManager
+from sagellm_control_plane.sim.cluster import simulate
+from sagellm_control_plane.sim.engine_model import EngineConstants
+from sagellm_control_plane.sim.traces import SimRequest, poisson
+from sagellm_core.config import EngineConfig, Limits, MockOptions
+from sagellm_core.text.bytes_model import ByteChatModel
+from sagellm_protocol.errors import SageError
+from sagellm_protocol.generation import ChoiceDelta, GenerationRequest
+from sagellm_protocol.sampling import SamplingParams
+
+MOCK = MockOptions(base_ms=25.0, prefill_us=400.0, sequence_us=1000.0)
+CONSTANTS = EngineConstants(
+    prefill_tps=2500.0, step_s=0.025, per_sequence_s=0.001, per_token_s=0.0, step_tokens=256, max_sequences=16,
+    block_size=16, n_blocks=4096,
+)  # fmt: skip
+TTFT_S, TPOT_S = 1.0, 0.08
+OBJECTIVE = SLO(ttft_s=TTFT_S, tpot_s=TPOT_S)
+
+
+class Catalog:
+    def models(self):
+        return ["sim"]
+
+    def engine_spec(self, model_id, engine_id, options):  # noqa: ARG002 - the port has it
+        limits = Limits(parallel=16, n_ctx=4096, max_batch_tokens=256)
+        config = EngineConfig(model="mock", model_id=model_id, engine_id=engine_id, limits=limits, mock=MOCK)
+        return EngineSpec(engine_id=engine_id, model_id=model_id, config=msgspec.to_builtins(config))
+
+    def chat_model(self, model_id):
+        return ByteChatModel(model_id, 4096)
+
+
+def argv(spec, socket):
+    config = msgspec.json.encode(spec.config).decode()
+    return [sys.executable, "-m", "sagellm_core.server", "--config", config, "--socket", socket]
+
+
+async def live(requests: list[SimRequest], policy: str, engines: int) -> float:
+    good = 0
+    with tempfile.TemporaryDirectory() as folder:
+        options = ProcessOptions(run_dir=Path(folder, "r"), log_dir=Path(folder, "l"))
+        config = CoreConfig(routing_strategy=policy, slo=OBJECTIVE, admission=AdmissionConfig(max_waiting=10**9))
+        manager = ControlPlaneManager(config=config, driver=ProcessDriver(argv, options), catalog=Catalog(), seed=0)
+        await manager.start()
+        await asyncio.gather(*(manager.request_engine_startup("sim", f"e{i}") for i in range(engines)))
+        began = time.monotonic()
+
+        async def one(serial: int, request: SimRequest) -> None:
+            nonlocal good
+            await asyncio.sleep(max(began + request.at - time.monotonic(), 0.0))
+            sampling = SamplingParams(max_tokens=request.output_tokens, seed=serial, ignore_eos=True)
+            text = f"{serial:06d}" + "x" * max(request.prompt_tokens - 7, 0)
+            ask = GenerationRequest(request_id=f"q{serial}", model="sim", prompt=text, sampling=sampling)
+            sent, first, last = time.monotonic(), 0.0, 0.0
+            try:
+                async with aclosing(manager.generate(ask)) as events:
+                    async for event in events:
+                        if isinstance(event, ChoiceDelta) and event.token_ids:
+                            last = time.monotonic()
+                            first = first or last
+            except SageError:
+                return
+            pace = (last - first) / max(request.output_tokens - 1, 1)
+            good += first - sent <= TTFT_S and pace <= TPOT_S
+
+        await asyncio.gather(*(one(i, request) for i, request in enumerate(requests)))
+        await manager.stop()
+    return good / len(requests)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engines", type=int, default=4)
+    parser.add_argument("--requests", type=int, default=400)
+    parser.add_argument("--rates", default="6,12,18")
+    parser.add_argument("--policies", default="round_robin,load_balanced")
+    options = parser.parse_args()
+    for rate in map(float, options.rates.split(",")):
+        requests = poisson(rate, options.requests, prompt_tokens=300, output_tokens=40, seed=3)
+        requests = [msgspec.structs.replace(r, prompt_tokens=min(r.prompt_tokens, 3000)) for r in requests]
+        for policy in options.policies.split(","):
+            config = CoreConfig(routing_strategy=policy, slo=OBJECTIVE, admission=AdmissionConfig(max_waiting=10**9))
+            simulated = simulate(requests, config, engines=options.engines, constants=CONSTANTS).goodput(TTFT_S, TPOT_S)
+            measured = asyncio.run(live(requests, policy, options.engines))
+            print(f"{rate:g} requests/s, {policy}: simulated {simulated:.3f}, live {measured:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
