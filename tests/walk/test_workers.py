@@ -63,7 +63,7 @@ def test_a_worker_is_killed(served):
 
 def test_stream_goes_on_after_its_worker_died(served):
     """A client whose gateway was killed in mid-stream sends its request again with the last id, and has the whole answer."""
-    body = {**BODY, "max_tokens": 400, "temperature": 1.0, "stream": True, "seed": None}
+    body = {**BODY, "max_tokens": 400, "temperature": 1.0, "stream": True, "seed": None, "ignore_eos": True}
     workers, got, last_id = pids(served.output, "workers"), "", ""
 
     def take(headers: dict[str, str], until: int) -> bool:

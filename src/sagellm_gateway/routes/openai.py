@@ -16,6 +16,7 @@ from sagellm_gateway.jsonbody import convert
 from sagellm_gateway.resume import ResumableFrames, remaining, resume_of
 from sagellm_gateway.routes.generation import echoed, extras, generate, merged, new_id, now
 from sagellm_gateway.streaming import Frames, guarded, stream
+from sagellm_protocol.errors import UnsupportedError
 from sagellm_protocol.generation import GenerationEnd
 
 __all__ = ["chat_completions", "completions"]
@@ -83,13 +84,22 @@ async def completions(call: Call) -> None:
     body = convert(raw, openai_completions.CompletionBody)
     call.ignore(ignored_fields(raw, openai_completions.KNOWN))
     wants = wants_usage(body.stream, body.stream_options)
-    head = Head(new_id("cmpl-"), now(), body.model)
+    resume = resume_of(call, "cmpl-") if body.stream else None
+    head = Head((resume.answer_id if resume else "") or new_id("cmpl-"), now(), body.model)
     requests = openai_completions.requests_of(body, head.id, call.gateway.config.limits, **extras(call, body.model))
     call.scope["sagellm.model"] = body.model
+    if resume is not None:
+        if len(requests) > 1:
+            raise UnsupportedError("a stream of several prompts cannot be resumed: send one at a time", param="prompt")
+        requests = [resume.prepare(requests[0])]
     events = _events(call, body, requests)
     choices, logprobs = len(requests) * requests[0].n, body.logprobs is not None
     if body.stream:
-        await stream(call, events, openai_completions.CompletionFrames(head, choices, usage=wants, logprobs=logprobs))
+        frames: Frames = openai_completions.CompletionFrames(head, choices, usage=wants, logprobs=logprobs)
+        if resume is not None:
+            frames = ResumableFrames(frames, head.id, choices, resume)
+            events = remaining(events, resume.sent) if resume.answer_id else events
+        await stream(call, events, frames)
         return
     result = openai_completions.CompletionResult(choices)
     async with guarded(call, events) as source:
