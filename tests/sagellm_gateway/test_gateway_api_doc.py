@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,21 @@ def test_every_snippet_works(stack_http: httpx2.Client) -> None:
         if not run:
             continue
         url, sent = (re.sub(r"\$([A-Z]+)", lambda m: ids[m[1]], text) for text in (path, body))
+        if method == "DELETE" and url.startswith("/v1/responses/"):
+            ended(stack_http, url)
         answer = stack_http.request(method, url, **content(url, sent))
         assert answer.status_code < 300, f"{method} {url}: {answer.status_code} {answer.text[:300]}"
         if method == "POST" and url in names:
             ids[names[url]] = answer.json()["id"]
+
+
+def ended(http: httpx2.Client, url: str) -> None:
+    """Wait for a background response that was cancelled: only one that has ended can be deleted."""
+    for _ in range(200):
+        if http.get(url).json()["status"] not in ("queued", "in_progress"):
+            return
+        time.sleep(0.05)
+    pytest.fail(f"{url} did not end")
 
 
 def content(path: str, body: str) -> dict[str, Any]:

@@ -112,7 +112,9 @@ def test_a_conversation_in_a_terminal(terminal: Terminal) -> None:
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
     """Ctrl-C in the middle of an answer brings the prompt back; the conversation goes on."""
-    terminal = Terminal(tmp_path, "mock", "--seed", "1", "--max-tokens", "4000", "--mock-scale", "4")
+    script = tmp_path / "script.json"
+    script.write_text(json.dumps({"rules": [{"reply": [{"drip_ms": 20}, {"say": "one two three four five " * 200}]}]}))
+    terminal = Terminal(tmp_path, "mock", "--max-tokens", "4000", "--script", str(script))
     try:
         terminal.wait_for(">>>")
         terminal.type("talk for long\r")

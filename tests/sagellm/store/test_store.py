@@ -265,7 +265,7 @@ def test_garbage_is_what_no_model_refers_to(weights: Path) -> None:
 
 def test_errors_of_the_store_are_in_the_tree() -> None:
     """Everything that the store refuses is a SageError, so that the command line shows one line."""
-    for name in ("nonesuch", "../x", "./nonesuch.gguf"):
+    for name in ("nonesuch", "../nonesuch", "./nonesuch.gguf"):
         with pytest.raises(SageError):
             store.resolve(name)
 
