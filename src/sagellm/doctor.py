@@ -20,6 +20,7 @@ from typing import Literal
 
 from sagellm import store
 from sagellm._version import __version__
+from sagellm.mixed_wheels import cure, old_distributions
 from sagellm.store.layout import MANIFEST
 from sagellm_protocol.errors import SageError
 
@@ -87,29 +88,20 @@ _OUR_PACKAGES = (
     "sagellm_backend",
     "sagellm_protocol",
 )
-_OLD_NAME = re.compile(r"isagellm[-_.].+|isage[-_.]llm.*", re.IGNORECASE)
 
 
 @_check("mixed old wheels")
 def _mixed() -> tuple[State, str, str]:
-    names = {str(d.metadata["Name"]): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
-    shims = {"isage-llm-core", "isage-llm-gateway"}
-    old = sorted(
-        f"{name} {version}"
-        for name, version in names.items()
-        if _OLD_NAME.fullmatch(name) and not (name.lower().replace("_", "-") in shims and version == __version__)
-    )
+    old = old_distributions()
     homes = {
         str(Path(spec.origin).parent.parent)
         for p in _OUR_PACKAGES
         if (spec := importlib.util.find_spec(p)) and spec.origin
     }
-    cure = f"{sys.executable} -m pip uninstall -y {' '.join(o.split()[0] for o in old) or 'isagellm'}"
-    cure += f" && {sys.executable} -m pip install --force-reinstall --no-deps isagellm"
     if old:
-        return "fail", f"releases before {__version__} are installed beside this one: {', '.join(old)}", cure
+        return "fail", f"releases before {__version__} are installed beside this one: {', '.join(old)}", cure(old)
     if len(homes) > 1:
-        return "fail", f"our packages come from {len(homes)} places: {', '.join(sorted(homes))}", cure
+        return "fail", f"our packages come from {len(homes)} places: {', '.join(sorted(homes))}", cure(old)
     return "ok", "none", ""
 
 

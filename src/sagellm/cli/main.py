@@ -12,6 +12,9 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from sagellm._version import __version__
+from sagellm.mixed_wheels import cure, old_distributions
+
 __all__ = ["ALIASES", "COMMANDS", "Command", "main"]
 
 PROGRAM = "sage-llm"
@@ -82,6 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         sys.stderr.write(f"error: no command {args[0]!r}{_suggestion(args[0])}: {PROGRAM} --help lists them\n")
         return 2
+    old = old_distributions()
+    if old:  # imports may reach their modules: nothing can be trusted to run
+        sys.stderr.write(
+            f"error: releases before {__version__} are mixed into this installation: {', '.join(old)}: {cure(old)}\n"
+        )
+        return 1
     return _run(name, command, args[1:], debug=debug)
 
 
