@@ -104,10 +104,11 @@ DISTRIBUTIONS: dict[str, str] = {
 }
 """Old distribution -> what to require now."""
 
+_CLIENT_KEYWORDS = {"mock_mode": "mock", "model": "default_llm_model", "timeout_s": "timeout"}
+
 KEYWORDS: dict[str, dict[str, str]] = {
-    "UnifiedInferenceClient": {"mock_mode": "mock", "model": "default_llm_model"},
-    "UnifiedInferenceClient.create": {"mock_mode": "mock", "model": "default_llm_model"},
-    "ControlPlaneManager": {"policy": "scheduling_policy", "routing": "routing_strategy"},
+    "UnifiedInferenceClient": _CLIENT_KEYWORDS,
+    "UnifiedInferenceClient.create": _CLIENT_KEYWORDS,
 }
 """Callable (by its old name) -> old keyword -> new keyword."""
 
