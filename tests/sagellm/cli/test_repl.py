@@ -26,7 +26,14 @@ from sagellm.cli.markdown import Renderer
 from sagellm.cli.session import Session, SessionOverError, response_format
 from sagellm_protocol.errors import InvalidArgumentError, UnsupportedError
 
-_WITH_CONTROLLING_TERMINAL = "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from sagellm.cli.main import main; sys.exit(main())"
+# As a shell starts a program: with a controlling terminal, and with Ctrl-C not ignored (a job in the background ignores it).
+_WITH_CONTROLLING_TERMINAL = """
+import fcntl, signal, sys, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from sagellm.cli.main import main
+sys.exit(main())
+"""
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\r")
 
 
