@@ -60,7 +60,7 @@ test: $(VENV)/.installed-dev models
 test-slow: $(VENV)/.installed-dev models
 	$(PY) -m pytest -q --timeout 1800
 
-check: $(VENV)/.installed-dev
+check: $(VENV)/.installed-dev models
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
