@@ -179,14 +179,18 @@ class LocalEncoder:
 
     async def close(self) -> None:
         """End the thread and free the weights; requests that are open end with an error. Idempotent."""
-        await asyncio.get_running_loop().run_in_executor(None, self.close_sync)
+        self._begin_close()
+        await asyncio.to_thread(self._thread.join)
 
     def close_sync(self) -> None:
         """Like `close`, without an event loop."""
+        self._begin_close()
+        self._thread.join()
+
+    def _begin_close(self) -> None:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join()
 
     # -------------------------------------------------------- EmbeddingClient
 

@@ -112,7 +112,7 @@ class AdoptedProcess:
             fd = os.pidfd_open(self.pid)
         except (AttributeError, OSError):
             return asyncio.ensure_future(self._poll())
-        if identity(self.pid) != self._identity:
+        if not is_alive(self._identity):
             os.close(fd)
             return asyncio.ensure_future(self._poll())
         ended: asyncio.Future[None] = loop.create_future()
@@ -126,7 +126,7 @@ class AdoptedProcess:
         return ended
 
     async def _poll(self) -> None:
-        while identity(self.pid) == self._identity:  # noqa: ASYNC110 (nothing tells us)
+        while is_alive(self._identity):  # noqa: ASYNC110 (nothing tells us)
             await asyncio.sleep(_POLL_S)
 
     def terminate(self) -> None:
@@ -139,11 +139,11 @@ class AdoptedProcess:
 
     def kill(self) -> None:
         """End it, and all that it started, at once."""
-        if identity(self.pid) == self._identity:
+        if is_alive(self._identity):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
-        if identity(self.pid) == self._identity:
+        if is_alive(self._identity):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)

@@ -343,6 +343,13 @@ async def ended(pid: int) -> None:
     await AdoptedProcess(pid, identity(pid)).wait(20)
 
 
+async def test_a_process_that_ended_before_it_was_adopted_has_ended():
+    """Waiting for a process that is gone already, and so has no identity, returns at once."""
+    gone = await asyncio.create_subprocess_exec(sys.executable, "-c", "")
+    await gone.wait()
+    await ended(gone.pid)
+
+
 async def test_engines_end_with_their_driver(options):
     """When the process with a driver without a store is killed by SIGKILL its engines end too."""
     with gateway(options) as (_, pid):
