@@ -85,6 +85,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
         model: as the client named it.
         messages: a conversation; the model's chat template is applied.
         prompt: text or token ids; never templated.
+        suffix: what comes after the gap that the output fills; `prompt` comes before it. Empty: there is none.
         sampling: how to draw and when to stop.
         n: number of choices, each with its own derived seed.
         tools: functions that the model may call.
@@ -105,6 +106,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     trace_id: str = ""
     messages: tuple[ChatMessage, ...] | None = None
     prompt: str | tuple[int, ...] | None = None
+    suffix: str = ""
     sampling: SamplingParams = SamplingParams()
     n: int = 1
     tools: tuple[FunctionSpec, ...] = ()

@@ -49,6 +49,21 @@ def test_echo_scores_the_prompt(stack_http: httpx2.Client) -> None:
     assert all(isinstance(x, float) for x in logprobs["token_logprobs"][1:])
 
 
+def test_gaps_are_filled_by_every_route(stack_http: httpx2.Client) -> None:
+    """Completions and Ollama's generate show the model both sides of a gap, and get the same text for it."""
+    gap = {"model": "mock", "prompt": "def f(x):", "suffix": "    return y"}
+    body = {**gap, "max_tokens": 8, "temperature": 0}
+    filled = stack_http.post("/v1/completions", json=body).json()
+    assert filled["usage"]["prompt_tokens"] == 4 + len("def f(x):    return y")
+    text = filled["choices"][0]["text"]
+    assert text != stack_http.post("/v1/completions", json={**body, "suffix": None}).json()["choices"][0]["text"]
+    options = {"num_predict": 8, "temperature": 0}
+    said = stack_http.post("/api/generate", json={**gap, "options": options, "stream": False}).json()
+    assert said["response"] == text
+    from_the_start = stack_http.post("/v1/completions", json={**body, "prompt": ""}).json()
+    assert from_the_start["usage"]["prompt_tokens"] == 4 + len("    return y")
+
+
 def test_overflow_has_both_numbers(stack_http: httpx2.Client) -> None:
     """A prompt beyond the context is 400 context_length_exceeded with its length and the window's."""
     answer = stack_http.post(

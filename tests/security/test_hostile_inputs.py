@@ -246,7 +246,9 @@ OTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "tokens and text mixed": ("/v1/completions", {"model": "mock", "prompt": [1, "a"]}),
     "prompt of nothing": ("/v1/completions", {"model": "mock", "prompt": []}),
     "empty prompt": ("/v1/completions", {"model": "mock", "prompt": ""}),
-    "suffix": ("/v1/completions", {"model": "mock", "prompt": "a", "suffix": "b"}),
+    "suffix and echo": ("/v1/completions", {"model": "mock", "prompt": "a", "suffix": "b", "echo": True}),
+    "suffix in a chat": ("/v1/chat/completions", {**CHAT, "suffix": "b"}),
+    "suffix that is no text": ("/v1/completions", {"model": "mock", "prompt": "a", "suffix": ["b"]}),
     "logprobs 21": ("/v1/completions", {"model": "mock", "prompt": "a", "logprobs": 21}),
     "anthropic without max_tokens": ("/v1/messages", {"model": "mock", "messages": USER}),
     "anthropic image by url": (

@@ -61,7 +61,7 @@ class ForeignChatModel:
         Raises:
             InvalidArgumentError: no message and no prompt.
         """
-        if not request.messages and not request.prompt:
+        if not (request.messages or request.prompt or request.suffix):
             raise InvalidArgumentError("messages is empty: give at least one message", param="messages")
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(31)
         requests = []

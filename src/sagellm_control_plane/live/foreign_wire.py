@@ -73,9 +73,10 @@ def request_body(request: EngineRequest, model: str, flavour: Flavour) -> tuple[
 
 
 def _completion(source: GenerationRequest, emitted: str) -> dict[str, Any]:
+    suffix = {"suffix": source.suffix} if source.suffix else {}
     if isinstance(source.prompt, str):
-        return {"prompt": source.prompt + emitted}
-    return {"prompt": list(source.prompt or ())}
+        return {"prompt": source.prompt + emitted, **suffix}
+    return {"prompt": list(source.prompt or ()), **suffix}
 
 
 def _chat(source: GenerationRequest, emitted: str) -> dict[str, Any]:

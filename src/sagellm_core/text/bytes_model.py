@@ -1,6 +1,6 @@
 """The text side of the mock: a vocabulary of 256 bytes and four control tokens, with a ChatML template.
 
-Like qwen's it knows tools (``<tool_call>``) and reasoning (``<think>``), so that scripted replies can use both.
+Like qwen's it knows tools (``<tool_call>``), reasoning (``<think>``) and filling in the middle, so that scripted replies can use them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ __all__ = ["BOS", "EOS", "IM_END", "IM_START", "VOCAB_SIZE", "ByteChatModel"]
 
 BOS, EOS, IM_START, IM_END = range(256, 260)
 VOCAB_SIZE = 260
+_FIM = range(0xFD, 0x100)  # bytes that no UTF-8 text holds
 
 _TEMPLATE = """\
 {{- bos_token -}}
@@ -40,6 +41,7 @@ _INFO = TokenizerInfo(
         SpecialToken(EOS, "<|eos|>"),
         SpecialToken(IM_START, "<|im_start|>"),
         SpecialToken(IM_END, "<|im_end|>"),
+        *map(SpecialToken, _FIM, ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")),
     ),
     prefix_ids=(BOS,),
     eos_token_ids=(EOS, IM_END),
@@ -61,10 +63,10 @@ class _ByteEncoder:
 
 
 class _ByteTokenizer(TextTokenizer):
-    """Ids below 256 spell themselves."""
+    """Ids of bytes spell themselves."""
 
     def token_bytes(self, token_id: int) -> bytes:
-        return bytes([token_id]) if 0 <= token_id < 256 else super().token_bytes(token_id)
+        return bytes([token_id]) if 0 <= token_id < _FIM.start else super().token_bytes(token_id)
 
 
 class ByteChatModel(TextChatModel):

@@ -20,7 +20,7 @@ from sagellm_core.text.tokenizer import TokenizerInfo
 
 __all__ = ["cached_tokenizer", "default_cache_dir"]
 
-_VERSION = 6
+_VERSION = 7
 _MAGIC = b"SGTK" + bytes([_VERSION])
 _HEAD = struct.Struct("<II")
 

@@ -76,7 +76,7 @@ class TextChatModel:
                 prompt_token_ids=prompt,
                 sampling=msgspec.structs.replace(sampling, seed=derived_seed(sampling.seed or 0, choice)),
                 trace_id=request.trace_id,
-                eos_token_ids=self.tokenizer.info.eos_token_ids,
+                eos_token_ids=self._ends(request),
                 bad_token_ids=bad,
                 priority=request.priority,
                 deadline_s=request.deadline_s,
@@ -149,6 +149,8 @@ class TextChatModel:
         if (request.messages is None) == (request.prompt is None):
             raise InvalidArgumentError("exactly one of messages and prompt is needed", param="messages")
         if request.messages is not None:
+            if request.suffix:
+                raise UnsupportedError("suffix goes with a raw prompt, not with messages: leave it out", param="suffix")
             ids, plan = chat_prompt(request, self._template(bool(request.tools)), self.tokenizer, self._check_length)
             return tuple(ids), "messages", plan
         for name, value in (
@@ -156,16 +158,30 @@ class TextChatModel:
         ):  # fmt: skip
             if value:
                 raise UnsupportedError(f"{name} goes with messages, not with a raw prompt: leave it out", param=name)
-        if isinstance(request.prompt, str):
+        pieces = [piece for piece in (request.prompt, request.suffix) if isinstance(piece, str)]
+        self._check_length(pieces, "prompt")
+        if not isinstance(request.prompt, str):
+            self._check_ids(request.prompt or (), "prompt")
+        if request.suffix:
+            from sagellm_core.text.infill import infill_prompt
+
+            ids = infill_prompt(self.tokenizer, self.model_id, request.prompt or (), request.suffix)
+        elif isinstance(request.prompt, str):
             # A raw prompt is its author's own template: control tokens in it are meant.
-            self._check_length([request.prompt], "prompt")
             ids = self.tokenizer.encode(request.prompt, parse_special=True)
         else:
             ids = list(request.prompt or ())
-            self._check_ids(ids, "prompt")
         if not ids:
             raise InvalidArgumentError("the prompt is empty: pass at least one token", param="prompt")
         return tuple(ids), "prompt", ParserPlan()
+
+    def _ends(self, request: GenerationRequest) -> tuple[int, ...]:
+        ends = self.tokenizer.info.eos_token_ids
+        if not request.suffix:
+            return ends
+        from sagellm_core.text.infill import infill_ends
+
+        return tuple(sorted({*ends, *infill_ends(self.tokenizer)}))
 
     def _template(self, tools: bool) -> ChatTemplate:
         info = self.tokenizer.info

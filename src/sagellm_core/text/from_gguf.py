@@ -92,8 +92,18 @@ def _info(
         unk_token=texts["unknown"],
         chat_template=template if isinstance(template, str) else None,
         tool_template=tools if isinstance(tools, str) else None,
+        infill_ids=_infill_ids(header),
         family=str(meta.get("general.architecture", "")),
     )
+
+
+def _infill_ids(header: GGUFHeader) -> tuple[int, int, int] | None:
+    """Tokens before, after and at a gap to fill; older converters have longer names for them."""
+    for names in (("fim_pre", "fim_suf", "fim_mid"), ("prefix", "suffix", "middle")):
+        before, after, middle = (_token_id(header, f"tokenizer.ggml.{name}_token_id") for name in names)
+        if before is not None and after is not None and middle is not None:
+            return before, after, middle
+    return None
 
 
 def _byte_level(header: GGUFHeader, tokens: list[str], types: Sequence[int]) -> dict[str, Any]:

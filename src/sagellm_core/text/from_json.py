@@ -58,7 +58,9 @@ def convert_directory(directory: Path) -> tuple[TokenizerInfo, bytes]:
     _pin_ids(document["model"], literals)
     document["post_processor"] = None
     space_prefix: Literal["no", "missing"] = "missing" if _take_space_prefix(document) else "no"
-    names = {name: _token_text(settings, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    names: dict[str, Any] = {
+        name: _token_text(settings, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+    }
     template, tool_template = _templates(directory, settings)
     info = TokenizerInfo(
         kind=_kind(document),

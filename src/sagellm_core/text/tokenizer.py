@@ -33,7 +33,8 @@ class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
         bos_token, eos_token, pad_token, unk_token: text, for templates; empty where there is none.
         chat_template: Jinja source, or None.
         tool_template: the template for requests with tools, where a file has one of its own.
-        families: hints for parsers, e.g. the architecture.
+        infill_ids: control tokens before, after and at the gap of a text to fill in, where the file names them.
+        family: a hint for parsers: the architecture.
     """
 
     kind: Literal["byte_level", "metaspace", "raw"]
@@ -52,6 +53,7 @@ class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
     unk_token: str = ""
     chat_template: str | None = None
     tool_template: str | None = None
+    infill_ids: tuple[int, int, int] | None = None
     family: str = ""
 
 
@@ -87,6 +89,11 @@ class TextTokenizer:
         """Texts of all control and user-defined tokens."""
         return frozenset([*(token.content for token in self.info.specials), *self._literal_texts])
 
+    def id_of(self, text: str) -> int | None:
+        """Return the id of the control or user-defined token that is spelled so; None if there is none."""
+        found = self.specials.get(text)
+        return self._literal_ids.get(text) if found is None else found
+
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
         """Text -> ids; special tokens written in `text` stay text unless `parse_special`."""
         ids = self.encode_pieces(list(self.specials.split(text)) if parse_special else [text])
@@ -115,8 +122,12 @@ class TextTokenizer:
         return how == "always" or not text.startswith((" ", _SPACE))
 
     @cached_property
+    def _literal_ids(self) -> dict[str, int]:
+        return {self.token_bytes(i).decode("utf-8", "replace"): i for i in self.info.literals}
+
+    @cached_property
     def _literal_texts(self) -> tuple[str, ...]:
-        return tuple(self.token_bytes(i).decode("utf-8", "replace") for i in self.info.literals)
+        return tuple(self._literal_ids)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return what a token spells; special tokens spell their name, unused ids nothing."""

@@ -87,6 +87,7 @@ class OllamaGenerateBody(OllamaCommon, kw_only=True):
     """The request body of generate."""
 
     prompt: str = ""
+    suffix: str | None = None
     system: str | None = None
     raw: bool | None = None
 
@@ -94,7 +95,6 @@ class OllamaGenerateBody(OllamaCommon, kw_only=True):
 KNOWN_CHAT = frozenset(OllamaChatBody.__struct_fields__)
 KNOWN_GENERATE = frozenset(OllamaGenerateBody.__struct_fields__)
 _REFUSED = {
-    "suffix": "the model's template for filling in the middle is not known",
     "template": "templates come with the model, never with a request",
     "images": "this model reads text only",
     "context": "send the conversation to /api/chat instead",
@@ -228,16 +228,16 @@ def generate_request(
     defaults: Mapping[str, float] = NO_DEFAULTS,
     **extra: Any,
 ) -> GenerationRequest:
-    """Translate a generate call: raw prompts are not templated, others become a chat of one turn.
+    """Translate a generate call: raw prompts and gaps to fill are not templated, others become a chat of one turn.
 
     Raises:
         InvalidArgumentError: something is missing or out of range.
     """
     content: dict[str, Any]
-    if body.raw:
+    if body.raw or body.suffix:
         if body.system:
             raise InvalidArgumentError("system has no place in a raw prompt: write it into prompt", param="system")
-        content = {"prompt": body.prompt}
+        content = {"prompt": body.prompt, "suffix": body.suffix or ""}
     else:
         system = [ChatMessage(role="system", content=body.system)] if body.system else []
         content = {"messages": (*system, ChatMessage(role="user", content=body.prompt))}

@@ -69,7 +69,7 @@ REFUSED: dict[str, str] = {
     "chat_template": "templates come with the model, never with a request",
     "chat_template_kwargs": "templates come with the model, never with a request; to switch thinking use reasoning_effort",
     "best_of": "ask for n completions instead",
-    "suffix": "the model's template for filling in the middle is not known",
+    "suffix": "filling in the middle is for /v1/completions",
     "functions": "use tools",
     "function_call": "use tool_choice",
     "audio": "audio output is not offered",

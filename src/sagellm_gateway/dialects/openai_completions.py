@@ -41,6 +41,7 @@ class CompletionBody(SamplingFields, kw_only=True):
 
     model: str
     prompt: str | list[Any] | None = None
+    suffix: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
@@ -62,7 +63,7 @@ def requests_of(
         InvalidArgumentError: something is missing, contradictory or out of range.
     """
     n = choices_of(body.n, limits)
-    prompts = _prompts(body.prompt)
+    prompts = [""] if body.prompt == "" and body.suffix else _prompts(body.prompt)
     if len(prompts) * n > limits.choices:
         raise InvalidArgumentError(
             f"{len(prompts)} prompts with n = {n} make {len(prompts) * n} completions, the most is {limits.choices}",
@@ -71,6 +72,8 @@ def requests_of(
     # OpenAI's logprobs is 0–5; more alternatives do no harm, so the bound is the one of chat.
     if body.logprobs is not None and not 0 <= body.logprobs <= 20:
         raise InvalidArgumentError(f"logprobs is {body.logprobs}: it must be 0 to 20", param="logprobs")
+    if body.suffix and body.echo:
+        raise InvalidArgumentError("echo and suffix exclude each other: leave one of them out", param="suffix")
     max_tokens, scoring = body.max_tokens, False
     if max_tokens == 0 and body.echo:
         # Scoring of a prompt (lm-eval's loglikelihood): one token is drawn and left out of the answer.
@@ -86,6 +89,7 @@ def requests_of(
             request_id=request_id if len(prompts) == 1 else f"{request_id}-{k}",
             model=check_model(body.model),
             prompt=prompt,
+            suffix=body.suffix or "",
             sampling=_seeded(sampling, k),
             n=n,
             echo=bool(body.echo),

@@ -41,7 +41,7 @@ async def generate_(call: Call) -> None:
     body = convert(raw, ollama.OllamaGenerateBody)
     call.ignore(ollama.ignored_options(raw, ollama.KNOWN_GENERATE))
     body.model = await served(call, body.model)
-    if not body.prompt:
+    if not (body.prompt or body.suffix):
         await _load(call, body, chat=False)
         return
     request = ollama.generate_request(body, new_id("ollama-"), call.gateway.config.limits, **extras(call, body.model))

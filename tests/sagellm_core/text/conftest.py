@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from sagellm_core.text.tokenizer import byte_of_char
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "[INST]"]
 
 
-def _metadata() -> dict[str, Any]:
+def _metadata(more: Sequence[str]) -> dict[str, Any]:
+    controls = [*CONTROLS, *more]
     letters = [char for char, _ in sorted(byte_of_char().items(), key=lambda item: item[1])]
     merged = ["he", "ll", "llo", "hello", "Ġw", "Ġ1"]
     merges = ["h e", "l l", "ll o", "he llo", "Ġ w", "Ġ 1"]
-    tokens = [*CONTROLS, *letters, *merged, "<tool>"]
-    types = [3] * len(CONTROLS) + [1] * (len(letters) + len(merged)) + [4]
+    tokens = [*controls, *letters, *merged, "<tool>"]
+    types = [3] * len(controls) + [1] * (len(letters) + len(merged)) + [4]
     return {
         "general.architecture": "llama", "llama.context_length": 256, "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types,
@@ -31,10 +32,10 @@ def _metadata() -> dict[str, Any]:
 
 @pytest.fixture
 def write_vocabulary(tmp_path: Path) -> Callable[..., Path]:
-    """Write a vocabulary-only GGUF file with changed metadata (None removes a key), return its path."""
+    """Write a vocabulary-only GGUF file with more control tokens and changed metadata (None removes a key), return its path."""
 
-    def write(**changes: Any) -> Path:
-        metadata = _metadata()
+    def write(*more_controls: str, **changes: Any) -> Path:
+        metadata = _metadata(more_controls)
         for key, value in changes.items():
             full = key.replace("__", ".")
             if value is None:
