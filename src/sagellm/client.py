@@ -18,7 +18,6 @@ from sagellm_protocol.errors import UnavailableError
 __all__ = ["AsyncUnifiedInferenceClient", "Availability", "DeltaStream", "UnifiedInferenceClient"]
 
 _T = TypeVar("_T")
-_UNWIND_S = 5.0
 
 
 class Availability(int):
@@ -233,20 +232,11 @@ class UnifiedInferenceClient:
             loop.call_soon_threadsafe(loop.stop)
 
     def _call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        ended = threading.Event()
-
-        async def tracked() -> _T:
-            try:
-                return await coroutine
-            finally:
-                ended.set()
-
-        future = asyncio.run_coroutine_threadsafe(tracked(), self._running_loop())
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._running_loop())
         try:
             return future.result()
         except KeyboardInterrupt:
             future.cancel()
-            ended.wait(_UNWIND_S)  # a generator that is still running could not be closed
             raise
         except CancelledError as error:
             raise UnavailableError("the client was closed while the call was under way") from error

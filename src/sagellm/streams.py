@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
@@ -74,11 +75,16 @@ def _without_prefix(delta: Delta, skip: str) -> tuple[Delta | None, str]:
 
 
 class DeltaStream(Iterator[Delta]):
-    """A stream for code without asyncio: iterate over it; leaving the ``with`` block or `close` aborts the request."""
+    """A stream for code without asyncio: iterate over it; leaving the ``with`` block or `close` aborts the request.
+
+    A step runs on the client's loop while the caller waits, and Ctrl-C ends the waiting wherever it likes: the step may be
+    running, about to run, or over. So the stream knows its step, and closing first ends that, then the stream.
+    """
 
     def __init__(self, deltas: AsyncIterator[Delta], call: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
         self._deltas = deltas
         self._call = call
+        self._step: asyncio.Task[Any] | None = None
         self._closed = False
 
     def __iter__(self) -> DeltaStream:
@@ -99,14 +105,21 @@ class DeltaStream(Iterator[Delta]):
         return delta
 
     async def _next(self) -> Delta | None:
+        self._step = asyncio.current_task()
         return await anext(self._deltas, None)
 
     def close(self) -> None:
         """Abort the request if it has not ended. Idempotent."""
         if not self._closed:
             self._closed = True
-            if isinstance(self._deltas, AsyncGenerator):
-                self._call(self._deltas.aclose())
+            self._call(self._end())
+
+    async def _end(self) -> None:
+        if self._step is not None and not self._step.done():
+            self._step.cancel()
+            await asyncio.wait([self._step])
+        if isinstance(self._deltas, AsyncGenerator):
+            await self._deltas.aclose()
 
     def __enter__(self) -> DeltaStream:
         return self

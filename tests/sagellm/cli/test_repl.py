@@ -61,7 +61,11 @@ class Terminal:
         while not re.search(pattern, ANSI.sub("", self.seen)):
             ready, _, _ = select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, f"{pattern!r} did not appear in {ANSI.sub('', self.seen)!r}"
-            chunk = os.read(self.master, 65536).decode(errors="replace")
+            try:
+                chunk = os.read(self.master, 65536).decode(errors="replace")
+            except OSError:  # the other end is closed
+                status, screen = self.process.wait(30), ANSI.sub("", self.seen)
+                pytest.fail(f"the program ended with status {status} before {pattern!r} appeared; it showed {screen!r}")
             if "\x1b[6n" in chunk:  # the cursor's position is asked for: answer as a terminal does
                 os.write(self.master, b"\x1b[1;1R")
             self.seen += chunk
