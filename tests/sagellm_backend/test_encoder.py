@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import json
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tiny_models import write_model
 
 from sagellm_backend.base import LoadOptions
 from sagellm_backend.encoder import EncodeBatch, EncoderBackend, EncoderRunner
@@ -18,35 +17,6 @@ from sagellm_core.text.load import load_tokenizer
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden" / "encoders.json").read_text())
 TINY: dict[str, dict[str, Any]] = GOLDEN["tiny"]
 OPTIONS = LoadOptions(n_blocks=0)
-
-
-def values(name: str, shape: list[int]) -> np.ndarray:
-    """The rule of tests/tools/record_families.py."""
-    count = int(np.prod(shape))
-    raw = np.random.PCG64(zlib.crc32(name.encode())).random_raw(count)
-    uniform = ((raw >> np.uint64(40)).astype(np.float32) / np.float32(1 << 23) - np.float32(1)).reshape(shape)
-    if "norm" in name:
-        return np.float32(1) + np.float32(0.3) * uniform
-    if name.endswith("bias"):
-        return np.float32(0.3) * uniform
-    if "embed" in name:
-        return np.float32(0.5) * uniform
-    return np.float32(2.0 / np.sqrt(shape[-1])) * uniform
-
-
-def write_model(folder: Path, case: dict[str, Any]) -> Path:
-    header: dict[str, Any] = {}
-    parts: list[bytes] = []
-    at = 0
-    for name, shape in case["tensors"].items():
-        data = values(name, shape).astype("<f4").tobytes()
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + len(data)]}
-        parts.append(data)
-        at += len(data)
-    text = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"".join(parts))
-    (folder / "config.json").write_text(json.dumps(case["config"]))
-    return folder
 
 
 def load(path: Path) -> EncoderRunner:

@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import struct
-import zlib
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 import numpy as np
 import pytest
+from tiny_models import write_model
 
 from sagellm_backend.base import LoadOptions, Runner
 from sagellm_backend.conformance import SequenceRun, run_batch
@@ -32,45 +31,15 @@ FAMILIES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "families.json").read
 SPEC = SPECS["llama"]
 
 
-def values(name: str, shape: list[int]) -> np.ndarray:
-    """The rule of tests/tools/record_families.py."""
-    count = int(np.prod(shape))
-    raw = np.random.PCG64(zlib.crc32(name.encode())).random_raw(count)
-    uniform = ((raw >> np.uint64(40)).astype(np.float32) / np.float32(1 << 23) - np.float32(1)).reshape(shape)
-    if "norm" in name:
-        return np.float32(1) + np.float32(0.3) * uniform
-    if name.endswith("bias"):
-        return np.float32(0.3) * uniform
-    if "embed" in name:
-        return np.float32(0.5) * uniform
-    return np.float32(2.0 / np.sqrt(shape[-1])) * uniform
-
-
-def write(folder: Path, case: dict[str, Any], stem: str, config: str, **changes: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-    header: dict[str, Any] = {}
-    parts: list[bytes] = []
-    at = 0
-    for name, shape in case["tensors"].items():
-        data = values(name, shape).astype("<f4").tobytes()
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + len(data)]}
-        parts.append(data)
-        at += len(data)
-    text = json.dumps(header).encode()
-    (folder / f"{stem}.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"".join(parts))
-    (folder / config).write_text(json.dumps(case["config"] | changes))
-    return folder
-
-
 def write_adapter(folder: Path, case: dict[str, Any], **changes: Any) -> Path:
-    return write(folder, case, "adapter_model", "adapter_config.json", **changes)
+    return write_model(folder, case, stem="adapter_model", config="adapter_config.json", **changes)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_adapter_equals_peft(name: str, tmp_path: Path) -> None:
     """A PEFT directory on its base model gives PEFT's logits within 1e-4, fused projections and patterns included."""
     case = CASES[name]
-    base = write(tmp_path / "base", FAMILIES[case["family"]], "model", "config.json")
+    base = write_model(tmp_path / "base", FAMILIES[case["family"]])
     with open_model(base) as model:
         runner = ReferenceBackend().load(model.spec, model.weights, LoadOptions(n_blocks=4))
     runner.load_adapter(0, open_adapter(write_adapter(tmp_path / "lora", case), name, model.spec))
@@ -88,7 +57,7 @@ def row() -> Any:
 def test_interleaved_heads_get_permuted_factors(tmp_path: Path) -> None:
     """On a model whose Q and K rows are interleaved (GGUF), the adapter has the effect that it has on the original."""
     case = CASES["all"]
-    base = write(tmp_path / "base", FAMILIES["llama"], "model", "config.json")
+    base = write_model(tmp_path / "base", FAMILIES["llama"])
     adapter_path = write_adapter(tmp_path / "lora", case)
     logits = []
     with open_model(base) as model:
@@ -131,7 +100,7 @@ def test_other_kinds_are_refused(changes: dict[str, Any], message: str, tmp_path
 
 
 def _spec(tmp_path: Path) -> Any:
-    with open_model(write(tmp_path / "base", FAMILIES["llama"], "model", "config.json")) as model:
+    with open_model(write_model(tmp_path / "base", FAMILIES["llama"])) as model:
         return model.spec
 
 
@@ -257,7 +226,7 @@ def test_embeddings_use_adapters() -> None:
 
 async def test_adapters_come_and_go_while_the_engine_runs(tmp_path: Path) -> None:
     """LocalEngine loads a PEFT directory beside a running stream and unloads it again; errors reach the caller."""
-    base = write(tmp_path / "base", FAMILIES["llama"], "model", "config.json")
+    base = write_model(tmp_path / "base", FAMILIES["llama"])
     with open_model(base) as model:
         runner = ReferenceBackend().load(model.spec, model.weights, LoadOptions(n_blocks=32))
     client = LocalEngine(Engine(runner, EngineSettings(engine_id="e", model="m", n_ctx=200)))

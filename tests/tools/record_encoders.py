@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from record_families import values
 from safetensors.numpy import load_file, save_file
+from tiny_models import values
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 TEXTS = [

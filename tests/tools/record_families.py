@@ -2,7 +2,7 @@
 
     python tests/tools/record_families.py > tests/golden/families.json
 
-needs ``torch`` and ``transformers``. The weights are a pure function of the tensors' names and shapes (`values`), so only
+needs ``torch`` and ``transformers``. The weights are a pure function of the tensors' names and shapes (`tiny_models.values`), so only
 the configurations, the names, the shapes and the logits are recorded; the test makes the same weights again.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
+from tiny_models import values
 from transformers import AutoConfig, AutoModelForCausalLM
 
 COMMON: dict[str, Any] = {
@@ -107,20 +107,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 ROWS = [0, 5, 17, 39]
-
-
-def values(name: str, shape: list[int]) -> np.ndarray:
-    """The weights of a tensor: uniform numbers from the raw stream of PCG64, seeded with the name, scaled by its kind."""
-    count = int(np.prod(shape))
-    raw = np.random.PCG64(zlib.crc32(name.encode())).random_raw(count)
-    uniform = ((raw >> np.uint64(40)).astype(np.float32) / np.float32(1 << 23) - np.float32(1)).reshape(shape)
-    if "norm" in name:
-        return np.float32(1) + np.float32(0.3) * uniform
-    if name.endswith("bias"):
-        return np.float32(0.3) * uniform
-    if "embed" in name:
-        return np.float32(0.5) * uniform
-    return np.float32(2.0 / np.sqrt(shape[-1])) * uniform
 
 
 @torch.inference_mode()

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from record_families import COMMON, FAMILIES, values
+from record_families import COMMON, FAMILIES
 from safetensors.numpy import load_file, save_file
+from tiny_models import values
 from transformers import AutoConfig, AutoModelForCausalLM
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

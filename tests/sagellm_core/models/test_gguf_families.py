@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tiny_models import values
 
 from sagellm_backend.base import LoadOptions, RowSampling, StepBatch
 from sagellm_backend.reference import ReferenceBackend
@@ -35,16 +35,6 @@ _NAMES = {
 _EXPERT = {"w1": "gate", "w2": "down", "w3": "up", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
 
-def _values(name: str, shape: list[int]) -> np.ndarray:
-    """The rule of tests/tools/record_families.py."""
-    raw = np.random.PCG64(zlib.crc32(name.encode())).random_raw(int(np.prod(shape)))
-    uniform = ((raw >> np.uint64(40)).astype(np.float32) / np.float32(1 << 23) - np.float32(1)).reshape(shape)
-    if "norm" in name:
-        return np.float32(1) + np.float32(0.3) * uniform
-    scale = 0.3 if name.endswith("bias") else 0.5 if "embed" in name else 2.0 / np.sqrt(shape[-1])
-    return np.float32(scale) * uniform
-
-
 def _permute(array: np.ndarray, heads: int) -> np.ndarray:
     return array.reshape(heads, 2, array.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
 
@@ -56,7 +46,7 @@ def _tensors(case: dict[str, Any]) -> dict[str, Tensor]:
     arrays: dict[str, np.ndarray] = {}
     experts: dict[str, dict[int, np.ndarray]] = {}
     for name, shape in case["tensors"].items():
-        array = _values(name, shape)
+        array = values(name, shape)
         if kind.startswith("gemma") and "norm" in name:
             array = array + np.float32(1)
         layer, leaf = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*)", name).groups()  # type: ignore[union-attr]
