@@ -5,7 +5,7 @@ An engine knows blocks and token ids; a device knows tensors. Between them lie t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -72,7 +72,8 @@ class RowSampling:
             so the result depends neither on the batch nor on the engine.
         history: prompt and output ids so far, for penalties; may be empty when no penalty is on.
         n_prompt: how many of `history` are prompt.
-        mask: allowed tokens as a bit mask, uint32[ceil(vocab / 32)], bit t % 32 of word t // 32; None allows all.
+        mask: allowed tokens as a bit mask, uint32[ceil(vocab / 32)], bit t % 32 of word t // 32; None allows all. It is not
+            read before `StepBatch.masks_ready` has returned.
         banned: ids that must not be drawn here (end of sequence before min_tokens, bad words).
         logprobs: number of alternatives to report; -1 reports no log-probability at all.
         target: report the log-probability of this id (instead of drawing one): re-scoring and prompt_logprobs.
@@ -105,6 +106,8 @@ class StepBatch:
         want_hidden: also return the final-norm hidden state of each of `logit_rows` (embeddings).
         adapters: int32[sequences], the number of each sequence's adapter (see `sagellm_backend.adapter`) or -1; None is -1 for
             all. A runner that takes no adapters refuses others than None with ValueError.
+        masks_ready: called once by a step that draws, after the layers have run: it returns when all masks are written, which
+            is done beside the layers. What it raises, the step raises. None if they are written already.
     """
 
     token_ids: Int32
@@ -116,6 +119,7 @@ class StepBatch:
     want_logits: bool = False
     want_hidden: bool = False
     adapters: Int32 | None = None
+    masks_ready: Callable[[], None] | None = None
 
     @property
     def positions(self) -> Int32:

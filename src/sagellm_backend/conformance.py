@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from sagellm_backend.adapter import Adapter, AdapterRunner
 from sagellm_backend.base import BLOCK_SIZE, Backend, LoadOptions, RowSampling, Runner, StepBatch, StepResult
-from sagellm_backend.conformance_specs import SPECS, random_adapter, random_ids, random_weights
+from sagellm_backend.conformance_specs import SPECS, random_adapter, random_ids, random_weights, sampling_rows
 from sagellm_backend.quant import dequantize, quantize
 from sagellm_backend.reference import ReferenceBackend
 from sagellm_backend.sampling import log_softmax, sample_rows
@@ -97,6 +97,7 @@ def run_batch(
     *,
     want_hidden: bool = False,
     adapters: Int32 | None = None,
+    masks_ready: Callable[[], None] | None = None,
 ) -> StepResult:
     """Run one step with a chunk of each sequence; logits of each chunk's last row."""
     lengths = np.array([len(ids) for _, ids in parts], np.int32)
@@ -114,6 +115,7 @@ def run_batch(
         want_logits=bool(rows),
         want_hidden=want_hidden,
         adapters=adapters,
+        masks_ready=masks_ready,
     )
     result = parts[0][0].runner.step(batch)
     for run, ids in parts:
@@ -261,7 +263,7 @@ def draws_match_reference(kit: Kit) -> None:
     """Every sampler draws, from the backend's own logits, the very token that the reference draws."""
     spec = kit.plain
     runner = kit.load(spec)
-    rows = _sampling_rows(spec.vocab_size)
+    rows = sampling_rows(spec.vocab_size)
     for seed in range(8):
         runs = [SequenceRun(runner, [i]) for i in range(len(rows))]
         parts = [(run, random_ids(spec, 1 + i % 9, seed=seed)) for i, run in enumerate(runs)]
@@ -279,36 +281,46 @@ def draws_match_reference(kit: Kit) -> None:
     runner.close()
 
 
-def _sampling_rows(vocab: int) -> list[RowSampling]:
-    rng = np.random.default_rng(11)
-    mask = rng.integers(0, 2**32, (vocab + 31) // 32, dtype=np.uint32)
-    history = np.asarray(rng.integers(0, vocab, 60), np.int32)
-    past = {"history": history, "n_prompt": 20}
-    rows: list[tuple[dict[str, object], dict[str, object]]] = [
-        ({"temperature": 0.0}, {"logprobs": 5}),
-        ({"temperature": 0.0}, {"mask": mask, "logprobs": 0}),
-        ({}, {"logprobs": 3}),
-        ({"temperature": 1.8}, {}),
-        ({"temperature": 0.2}, {"logprobs": 20}),
-        ({"top_k": 1}, {}),
-        ({"top_k": 40}, {"logprobs": 1}),
-        ({"top_p": 0.3}, {}),
-        ({"top_p": 0.95}, {}),
-        ({"min_p": 0.05}, {}),
-        ({"typical_p": 0.5}, {}),
-        ({"typical_p": 0.95, "temperature": 1.3}, {}),
-        ({"temperature": 0.8, "top_k": 50, "typical_p": 0.97, "top_p": 0.9, "min_p": 0.01}, {}),
-        ({"repetition_penalty": 1.3}, past),
-        ({"presence_penalty": 1.5, "frequency_penalty": 0.7}, past),
-        ({"repetition_penalty": 0.7, "presence_penalty": -1.0, "frequency_penalty": -0.3, "temperature": 0.0}, past),
-        ({"logit_bias": {3: 8.0, 5: -100.0, 7: 7.5}}, {"banned": (3,)}),
-        ({"allowed_token_ids": (1, 4, 9, 70)}, {"mask": mask, "banned": (4,)}),
-        ({}, {"mask": np.zeros_like(mask)}),
-        ({"temperature": 0.0}, {"mask": np.zeros_like(mask)}),
-        ({}, {"target": 17, "logprobs": 2}),
-        ({}, {"target": 0}),
-    ]
-    return [RowSampling(params=SamplingParams(**params), **row) for params, row in rows]  # type: ignore[arg-type]
+def masks_may_come_late(kit: Kit) -> None:
+    """Masks that are written only when `masks_ready` is called give the draws of masks that were there before.
+
+    It is called once a step; what it raises, the step raises, and the runner works on.
+    """
+    spec = kit.plain
+    runner = kit.load(spec)
+    rows = [row for row in sampling_rows(spec.vocab_size) if row.target < 0]
+    rng = np.random.default_rng(3)
+    masks = rng.integers(0, 2**32, (len(rows), (spec.vocab_size + 31) // 32), dtype=np.uint32)
+    calls = 0
+
+    def draw(masks: npt.NDArray[np.uint32], masks_ready: Callable[[], None] | None) -> StepResult:
+        runs = [SequenceRun(runner, [i]) for i in range(len(rows))]
+        parts = [(run, random_ids(spec, 1 + i % 5, seed=i)) for i, run in enumerate(runs)]
+        masked = [replace(row, mask=mask) for row, mask in zip(rows, masks, strict=True)]
+        return run_batch(parts, masked, masks_ready=masks_ready)
+
+    late = np.zeros_like(masks)
+
+    def write() -> None:
+        nonlocal calls
+        calls += 1
+        late[:] = masks
+
+    def fail() -> None:
+        raise ArithmeticError("no masks")
+
+    want, got = draw(masks, None), draw(late, write)
+    assert calls == 1, f"masks_ready was called {calls} times in a step"
+    np.testing.assert_array_equal(got.token_ids, want.token_ids, err_msg="draws under masks that came late")
+    assert (want.token_ids >= 0).any(), "nothing was drawn"
+    failed = False
+    try:
+        draw(late, fail)
+    except ArithmeticError:
+        failed = True
+    assert failed, "what masks_ready raised was lost"
+    np.testing.assert_array_equal(draw(masks, None).token_ids, want.token_ids, err_msg="after masks_ready raised")
+    runner.close()
 
 
 def hidden_states_match_reference(kit: Kit) -> None:
@@ -455,6 +467,7 @@ CHECKS: tuple[Callable[[Kit], None], ...] = (
     blocks_copy_and_travel,
     blocks_refuse_bad_content,
     draws_match_reference,
+    masks_may_come_late,
     hidden_states_match_reference,
     adapters_act_as_merged_weights,
     weights_are_checked,

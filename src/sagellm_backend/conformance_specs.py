@@ -9,10 +9,12 @@ import msgspec
 import numpy as np
 
 from sagellm_backend.adapter import ADAPTED, Adapter
+from sagellm_backend.base import RowSampling
 from sagellm_backend.spec import DecoderSpec, ExpertSpec, RopeSpec
 from sagellm_backend.tensors import Tensor, Weights
+from sagellm_protocol.sampling import SamplingParams
 
-__all__ = ["SPECS", "random_adapter", "random_ids", "random_weights"]
+__all__ = ["SPECS", "random_adapter", "random_ids", "random_weights", "sampling_rows"]
 
 _HEAD = 32
 _BASE = DecoderSpec(
@@ -127,3 +129,36 @@ def random_adapter(spec: DecoderSpec, seed: int = 0, rank: int = 4) -> Adapter:
 def random_ids(spec: DecoderSpec, count: int, seed: int = 0) -> list[int]:
     """Return `count` token ids."""
     return [int(t) for t in np.random.default_rng(seed).integers(0, spec.vocab_size, count)]
+
+
+def sampling_rows(vocab: int) -> list[RowSampling]:
+    """One row for each way to draw, with others for their combinations."""
+    rng = np.random.default_rng(11)
+    mask = rng.integers(0, 2**32, (vocab + 31) // 32, dtype=np.uint32)
+    history = np.asarray(rng.integers(0, vocab, 60), np.int32)
+    past = {"history": history, "n_prompt": 20}
+    rows: list[tuple[dict[str, object], dict[str, object]]] = [
+        ({"temperature": 0.0}, {"logprobs": 5}),
+        ({"temperature": 0.0}, {"mask": mask, "logprobs": 0}),
+        ({}, {"logprobs": 3}),
+        ({"temperature": 1.8}, {}),
+        ({"temperature": 0.2}, {"logprobs": 20}),
+        ({"top_k": 1}, {}),
+        ({"top_k": 40}, {"logprobs": 1}),
+        ({"top_p": 0.3}, {}),
+        ({"top_p": 0.95}, {}),
+        ({"min_p": 0.05}, {}),
+        ({"typical_p": 0.5}, {}),
+        ({"typical_p": 0.95, "temperature": 1.3}, {}),
+        ({"temperature": 0.8, "top_k": 50, "typical_p": 0.97, "top_p": 0.9, "min_p": 0.01}, {}),
+        ({"repetition_penalty": 1.3}, past),
+        ({"presence_penalty": 1.5, "frequency_penalty": 0.7}, past),
+        ({"repetition_penalty": 0.7, "presence_penalty": -1.0, "frequency_penalty": -0.3, "temperature": 0.0}, past),
+        ({"logit_bias": {3: 8.0, 5: -100.0, 7: 7.5}}, {"banned": (3,)}),
+        ({"allowed_token_ids": (1, 4, 9, 70)}, {"mask": mask, "banned": (4,)}),
+        ({}, {"mask": np.zeros_like(mask)}),
+        ({"temperature": 0.0}, {"mask": np.zeros_like(mask)}),
+        ({}, {"target": 17, "logprobs": 2}),
+        ({}, {"target": 0}),
+    ]
+    return [RowSampling(params=SamplingParams(**params), **row) for params, row in rows]  # type: ignore[arg-type]

@@ -215,6 +215,8 @@ class MockRunner:
             seconds = max(seconds, self._fill_logits(logits[index], tokens, how, int(owners[wanted[index]])))
         if seconds > 0.0:
             time.sleep(seconds)
+        if batch.masks_ready is not None:
+            batch.masks_ready()
         ids, logprobs, top_ids, top_logprobs = sample_rows(logits, batch.sampling)
         return StepResult(
             token_ids=ids,

@@ -248,6 +248,8 @@ class ReferenceRunner:
         if not batch.sampling and not batch.want_logits:
             return StepResult(np.empty(0, np.int32), np.empty(0, np.float32), hidden=kept)
         logits = self._logits(hidden, tiling)
+        if batch.masks_ready is not None:
+            batch.masks_ready()
         tokens, logprobs, top_ids, top_logprobs = sample_rows(logits, batch.sampling)
         return StepResult(tokens, logprobs, top_ids, top_logprobs, logits if batch.want_logits else None, kept)
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sagellm_backend.base import RowSampling, StepBatch, StepResult
-from sagellm_core.request import SequenceState
+from sagellm_core.request import Constraint, GrammarCompiler, PendingMasks, SequenceState
 from sagellm_core.scheduler import Work
 from sagellm_protocol.generation import TokenLogprob
 from sagellm_protocol.sampling import SamplingParams
@@ -27,17 +27,21 @@ class Draw:
     scored: bool
 
 
-def build_batch(works: Sequence[Work]) -> StepBatch:
-    """Return the rows of `works`, one sequence after another: its tokens, then the guessed ones."""
+def build_batch(works: Sequence[Work], grammars: GrammarCompiler | None) -> StepBatch:
+    """Return the rows of `works`, one sequence after another: its tokens, then the guessed ones.
+
+    Masks are being written by `grammars` meanwhile; a draft that leaves its grammar is cut there.
+    """
     token_ids: list[int] = []
     logit_rows: list[int] = []
     sampling: list[RowSampling] = []
+    masks = _begin_masks(works, grammars)
+    mask = iter(()) if masks is None else iter(masks.rows)
     for work in works:
-        masks = _masks(work)
         first = len(token_ids)
         token_ids += work.seq.tokens[work.start : work.start + work.n_rows]
         token_ids += work.draft
-        for row, how in _rows(work, masks):
+        for row, how in _rows(work, mask):
             logit_rows.append(first + row)
             sampling.append(how)
     width = max(len(work.seq.blocks) for work in works)
@@ -52,6 +56,7 @@ def build_batch(works: Sequence[Work]) -> StepBatch:
         logit_rows=np.array(logit_rows, np.int32),
         sampling=sampling,
         adapters=adapter_numbers([work.seq for work in works]),
+        masks_ready=None if masks is None else masks.wait,
     )
 
 
@@ -76,7 +81,7 @@ def read_result(works: Sequence[Work], batch: StepBatch, result: StepResult) -> 
         yield work, draws
 
 
-def _rows(work: Work, masks: list[Any]) -> Iterator[tuple[int, RowSampling]]:
+def _rows(work: Work, masks: Iterator[Any]) -> Iterator[tuple[int, RowSampling]]:
     seq, params = work.seq, work.seq.sampling
     if work.n_scored:
         first = max(work.start, len(seq.prompt_logprobs or ()) - 1)
@@ -85,7 +90,8 @@ def _rows(work: Work, masks: list[Any]) -> Iterator[tuple[int, RowSampling]]:
             yield position - work.start, how
     if work.draws:
         for ahead in range(1 + len(work.draft)):
-            yield work.n_rows - 1 + ahead, _sampling(seq, work.draft[:ahead], masks[ahead])
+            mask = None if seq.constraint is None else next(masks)
+            yield work.n_rows - 1 + ahead, _sampling(seq, work.draft[:ahead], mask)
 
 
 def _sampling(seq: SequenceState, ahead: list[int], mask: Any) -> RowSampling:
@@ -122,17 +128,19 @@ def _ends_with(tokens: list[int], tail: tuple[int, ...]) -> bool:
     return not tail or tuple(tokens[-len(tail) :]) == tail
 
 
-def _masks(work: Work) -> list[Any]:
-    """Masks of the rows that draw; a draft that leaves the grammar is cut there."""
-    seq, constraint = work.seq, work.seq.constraint
-    if constraint is None or not work.draws:
-        return [None] * (1 + len(work.draft))
-    for token in seq.tokens[seq.n_prompt + seq.constrained :]:
-        constraint.accept(token)
-        seq.constrained += 1
-    masks = constraint.masks(work.draft)
-    del work.draft[len(masks) - 1 :]
-    return masks
+def _begin_masks(works: Sequence[Work], grammars: GrammarCompiler | None) -> PendingMasks | None:
+    """Begin to write the masks of the rows that draw under a grammar, in order; None if there are none."""
+    asked: list[tuple[Constraint, list[int]]] = []
+    for work in works:
+        seq, constraint = work.seq, work.seq.constraint
+        if constraint is None or not work.draws:
+            continue
+        for token in seq.tokens[seq.n_prompt + seq.constrained :]:  # an earlier engine emitted it
+            constraint.accept(token)
+            seq.constrained += 1
+        del work.draft[constraint.allowed(work.draft) :]
+        asked.append((constraint, work.draft))
+    return grammars.masks(asked) if grammars is not None and asked else None
 
 
 def _logprob(result: StepResult, index: int, token_id: int, logprob: float, n_top: int) -> TokenLogprob | None:

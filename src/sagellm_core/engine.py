@@ -322,7 +322,7 @@ class Engine:
             self._speculator.propose([work for work in works if work.n_draft])
         started = self._clock()
         while works:
-            batch = build_batch(works)
+            batch = build_batch(works, self._grammars)
             try:
                 result = self._forward(works, batch)
             except SequenceFailure as failure:
@@ -340,9 +340,13 @@ class Engine:
         return iter(())
 
     def _forward(self, works: list[Work], batch: StepBatch) -> StepResult:
-        if self._speculator is not None:
-            self._speculator.follow(works)
-        return self._runner.step(batch)
+        try:
+            if self._speculator is not None:
+                self._speculator.follow(works)
+            return self._runner.step(batch)
+        finally:  # what fails before it draws leaves masks behind that are still being written
+            if batch.masks_ready is not None:
+                batch.masks_ready()
 
     def _update(self, work: Work, draws: list[Draw]) -> None:
         """Take over what the rows of one sequence gave: scores of the prompt, then tokens while the guesses hold."""

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from sagellm_core.grammar_worker import CheckWorker
+from sagellm_core.masks import MaskFiller, Masks
 from sagellm_core.text.tokenizer import TextTokenizer
 from sagellm_core.text.tool_prompt import JSON_STYLE
 from sagellm_protocol.errors import InvalidArgumentError, SageError, UnavailableError
@@ -101,8 +100,8 @@ def _json(source: str, what: str) -> Any:
 class GrammarConstraint:
     """A grammar in the middle of one sequence (`sagellm_core.request.Constraint`)."""
 
-    def __init__(self, compiled: Future[LLMatcher], vocab_size: int) -> None:
-        self._compiled, self._vocab_size = compiled, vocab_size
+    def __init__(self, compiled: Future[LLMatcher]) -> None:
+        self._compiled = compiled
         self._matcher: LLMatcher | None = None
         self._left = False
 
@@ -121,22 +120,14 @@ class GrammarConstraint:
             self._matcher = self._compiled.result().deep_copy()
         return self._matcher is not None
 
-    def masks(self, draft: Sequence[int]) -> list[npt.NDArray[np.uint32]]:
-        """Return a mask for the next token and one after each token of `draft` that the grammar allows; it does not move.
+    @property
+    def matcher(self) -> LLMatcher | None:
+        """The grammar at this place; None once the sequence has left it, and then nothing is allowed."""
+        return None if self._left else self._ready()
 
-        Once the sequence has left the grammar, or a step is beyond llguidance's limits, nothing is allowed.
-        """
-        matcher = self._ready()
-        out = [self._mask(matcher)]
-        moved = 0
-        for token in draft:
-            if matcher.is_stopped() or not matcher.validate_tokens([token]) or not matcher.consume_token(token):
-                break
-            moved += 1
-            out.append(self._mask(matcher))
-        if moved:
-            matcher.rollback(moved)
-        return out
+    def allowed(self, draft: Sequence[int]) -> int:
+        """Return how many tokens of `draft` the grammar allows in a row; it does not move."""
+        return 0 if self._left or not draft else self._ready().validate_tokens(list(draft))
 
     def accept(self, token_id: int) -> None:
         """Move on by an emitted token."""
@@ -148,7 +139,7 @@ class GrammarConstraint:
 
     def fork(self) -> GrammarConstraint:
         """Return an independent constraint at the same place."""
-        copy = GrammarConstraint(self._compiled, self._vocab_size)
+        copy = GrammarConstraint(self._compiled)
         copy._matcher = self._ready().deep_copy()
         copy._left = self._left
         return copy
@@ -157,13 +148,6 @@ class GrammarConstraint:
         if self._matcher is None:
             self._matcher = self._compiled.result().deep_copy()
         return self._matcher
-
-    def _mask(self, matcher: LLMatcher) -> npt.NDArray[np.uint32]:
-        words = -(-self._vocab_size // 32)
-        if self._left or matcher.is_error():
-            return np.zeros(words, np.uint32)
-        mask = np.frombuffer(matcher.compute_bitmask(), np.uint32)[:words]  # the library may add a spare word
-        return np.zeros(words, np.uint32) if matcher.is_error() else mask
 
 
 class LLGuidanceCompiler:
@@ -182,6 +166,7 @@ class LLGuidanceCompiler:
         self._load, self._vocab_size, self._limits = load_tokenizer, vocab_size, limits or GrammarLimits()
         self._worker = CheckWorker(timeout_s=self._limits.compile_s, limit_bytes=self._limits.compile_bytes)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._filler = MaskFiller(vocab_size)
         self._cache: OrderedDict[GrammarSpec, tuple[Future[LLMatcher], int]] = OrderedDict()
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
@@ -213,7 +198,14 @@ class LLGuidanceCompiler:
                 entry = self._thread.submit(self._compile, spec, text), _ENTRY_BYTES
                 self._cache[spec] = entry
             self._cache.move_to_end(spec)
-            return GrammarConstraint(entry[0], self._vocab_size)
+            return GrammarConstraint(entry[0])
+
+    def masks(self, asked: Sequence[tuple[GrammarConstraint, Sequence[int]]]) -> Masks:
+        """Begin to write the masks of a step: for each constraint one for the next token and one after each token of its draft.
+
+        Each draft is one that its constraint allows. Returns at once; the constraints must not move before `Masks.wait` returned.
+        """
+        return self._filler.begin([(constraint.matcher, draft) for constraint, draft in asked])
 
     def close(self) -> None:
         """Stop compiling and kill the worker. Idempotent."""
@@ -222,6 +214,7 @@ class LLGuidanceCompiler:
             self._cache.clear()
         self._worker.close()
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._filler.close()
         self._worker.close()
 
     def _compile(self, spec: GrammarSpec, text: str) -> LLMatcher:

@@ -11,11 +11,11 @@ from sagellm_protocol.engine import EngineRequest
 from sagellm_protocol.generation import FinishReason, TokenLogprob
 from sagellm_protocol.sampling import GrammarSpec, SamplingParams
 
-__all__ = ["Constraint", "GrammarCompiler", "Phase", "SequenceState"]
+__all__ = ["Constraint", "GrammarCompiler", "PendingMasks", "Phase", "SequenceState"]
 
 
 class Constraint(Protocol):
-    """A grammar in the middle of one sequence. Masks are uint32[ceil(vocab / 32)] arrays, bit t % 32 of word t // 32."""
+    """A grammar in the middle of one sequence."""
 
     @property
     def finished(self) -> bool:
@@ -30,15 +30,25 @@ class Constraint(Protocol):
         """
         ...
 
-    def masks(self, draft: Sequence[int]) -> list[Any]:
-        """Return a mask for the next token and one after each token of `draft`, up to where `draft` leaves the grammar.
-
-        The constraint does not move.
-        """
+    def allowed(self, draft: Sequence[int]) -> int:
+        """Return how many tokens of `draft` the grammar allows in a row. The constraint does not move."""
         ...
 
     def accept(self, token_id: int) -> None:
         """Move on by an emitted token."""
+        ...
+
+
+class PendingMasks(Protocol):
+    """Masks that are being written beside a step. `rows` is uint32[n, ceil(vocab / 32)], bit t % 32 of word t // 32."""
+
+    @property
+    def rows(self) -> Any:
+        """The masks; not to be read before `wait` returned."""
+        ...
+
+    def wait(self) -> None:
+        """Return when all are written. May be called again."""
         ...
 
 
@@ -50,6 +60,13 @@ class GrammarCompiler(Protocol):
 
         Raises:
             InvalidArgumentError: the grammar is seen to be wrong without compiling it.
+        """
+        ...
+
+    def masks(self, asked: Sequence[tuple[Any, Sequence[int]]]) -> PendingMasks:
+        """Begin to write masks and return at once: for each (constraint, draft) one for the next token and one after each of the draft.
+
+        The constraints are this compiler's, each allows its draft, and none moves before `PendingMasks.wait` returned.
         """
         ...
 

@@ -26,6 +26,7 @@ CHECKS = (
     conformance.blocks_may_lie_anywhere,
     conformance.blocks_copy_and_travel,
     conformance.blocks_refuse_bad_content,
+    conformance.masks_may_come_late,
     conformance.batches_are_checked,
 )
 

@@ -423,3 +423,51 @@ def test_simulated_time_passes_on_the_device():
     engine = mock_engine(latency=Latency(base=0.004, prefill_row=0.0001, sequence=0.001))
     run(engine, request("a", max_tokens=3))
     assert engine.status().step_seconds >= 3 * 0.005 + len(PROMPT) * 0.0001
+
+
+class LateMasks:
+    """A grammar that allows one byte only, whose masks are written when somebody waits for them, and not before."""
+
+    def __init__(self):
+        self.log = []
+        self.finished = False
+
+    def compile(self, spec):
+        return self
+
+    def ready(self):
+        return True
+
+    def allowed(self, draft):
+        return len(draft)
+
+    def accept(self, token_id):
+        self.log.append("accept")
+
+    def masks(self, asked):
+        self.log.append("begin")
+        self.rows = np.zeros((len(asked), 9), np.uint32)
+        return self
+
+    def wait(self):
+        self.log.append("wait")
+        self.rows[:, ord("x") // 32] = 1 << ord("x") % 32
+
+    def close(self):
+        pass
+
+
+def test_masks_are_read_after_the_layers_and_a_grammar_moves_after_that(monkeypatch):
+    """A step begins masks, runs, waits for them, draws; a step that fails first still waits before its grammars move on."""
+    grammars = LateMasks()
+    original = MockRunner._fill_logits
+    monkeypatch.setattr(MockRunner, "_fill_logits", lambda *args: grammars.log.append("layers") or original(*args))
+    engine = mock_engine(grammars=grammars)
+    how = {"grammar": GrammarSpec(kind="regex", source="x*"), "ignore_eos": True, "max_tokens": 3}
+    assert run(engine, request(**how))["r"].text == "xxx"
+    assert grammars.log[:4] == ["begin", "layers", "wait", "wait"]
+    assert grammars.log[4] == "accept"
+    grammars.log.clear()
+    Breaking(monkeypatch, lambda n, _: n == 2)
+    assert isinstance(run(engine, request(**how))["r"].error, InternalError)
+    assert grammars.log == ["begin", "layers", "wait", "wait", "accept", "begin", "wait"]

@@ -7,7 +7,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from sagellm_core.grammar import GrammarConstraint, GrammarLimits, LLGuidanceCompiler
 from sagellm_core.grammar_worker import CheckWorker
+from sagellm_core.masks import MaskFiller
 from sagellm_core.text import load_tokenizer
 from sagellm_core.text.bytes_model import EOS, IM_END, IM_START, VOCAB_SIZE, ByteChatModel
 from sagellm_core.text.parsing.select import ToolFormat
@@ -26,6 +27,7 @@ from sagellm_protocol.generation import FunctionSpec
 from sagellm_protocol.sampling import GrammarSpec
 
 _MODEL = ByteChatModel("m", 4096)
+_FILLER = MaskFiller(VOCAB_SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,13 @@ def _ready(constraint: GrammarConstraint, seconds: float = 110.0) -> GrammarCons
     return constraint
 
 
+def _masks(constraint: GrammarConstraint, draft: Sequence[int] = ()) -> np.ndarray:
+    """One mask for the next token and one after each token of `draft`, which the grammar allows."""
+    masks = _FILLER.begin([(constraint.matcher, draft)])
+    masks.wait()
+    return masks.rows
+
+
 def _allowed(mask: np.ndarray) -> set[int]:
     bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
     return set(np.nonzero(bits)[0].tolist())
@@ -52,10 +61,10 @@ def _accepts(constraint: GrammarConstraint, text: str) -> bool:
     """Whether `text` is a complete output."""
     probe = constraint.fork()
     for byte in text.encode():
-        if byte not in _allowed(probe.masks([])[0]):
+        if byte not in _allowed(_masks(probe)[0]):
             return False
         probe.accept(byte)
-    return EOS in _allowed(probe.masks([])[0])
+    return EOS in _allowed(_masks(probe)[0])
 
 
 def _random_output(constraint: GrammarConstraint, rng: random.Random, most: int = 2000) -> str:
@@ -63,7 +72,7 @@ def _random_output(constraint: GrammarConstraint, rng: random.Random, most: int 
     probe = constraint.fork()
     out = bytearray()
     for _ in range(most):
-        allowed = _allowed(probe.masks([])[0])
+        allowed = _allowed(_masks(probe)[0])
         if EOS in allowed and (len(allowed) <= 2 or rng.random() < 0.3):
             return out.decode()
         chars = sorted(b for b in allowed if 32 <= b < 127) or sorted(b for b in allowed if b < 256)
@@ -175,16 +184,17 @@ def test_kept_grammars_are_bounded_in_bytes() -> None:
 
 
 def test_drafts_are_masked_and_rolled_back(compiler: LLGuidanceCompiler) -> None:
-    """One mask after each draft token that fits, none beyond; the constraint stays where it was."""
+    """A draft counts as far as it fits, each of its tokens has a mask behind it, and the constraint stays where it was."""
     constraint = _ready(compiler.compile(GrammarSpec(kind="regex", source="ab[cd]e?")))
-    masks = constraint.masks(list(b"abcx"))
+    assert [constraint.allowed(draft) for draft in (b"abcx", b"xb", b"", b"abcee")] == [3, 0, 0, 4]
+    masks = _masks(constraint, b"abc")
     assert [sorted(_allowed(m)) for m in masks] == [[97], [98], [99, 100], [101, EOS, IM_END]]
-    assert len(constraint.masks(list(b"xb"))) == 1
-    assert [sorted(_allowed(m)) for m in constraint.masks([])] == [[97]]
+    assert _allowed(_masks(constraint, b"abce")[4]) == {EOS, IM_END}
+    assert [sorted(_allowed(m)) for m in _masks(constraint)] == [[97]]
     for byte in b"abce":
         constraint.accept(byte)
     assert constraint.finished
-    assert _allowed(constraint.masks([])[0]) == {EOS, IM_END}
+    assert _allowed(_masks(constraint)[0]) == {EOS, IM_END}
     constraint.accept(EOS)
 
 
@@ -193,8 +203,8 @@ def test_leaving_the_grammar_allows_nothing(compiler: LLGuidanceCompiler) -> Non
     constraint = _ready(compiler.compile(GrammarSpec(kind="regex", source="ab")))
     other = constraint.fork()
     constraint.accept(ord("x"))
-    assert _allowed(constraint.masks([])[0]) == set()
-    assert _allowed(other.masks([])[0]) == {97}
+    assert _allowed(_masks(constraint)[0]) == set()
+    assert _allowed(_masks(other)[0]) == {97}
 
 
 _SCHEMAS = st.recursive(
@@ -308,9 +318,9 @@ def test_strict_calls_keep_to_their_schema_and_text_is_free(compiler: LLGuidance
     listed = _ready(compiler.compile(strict_grammar("mistral", _TOOLS, lambda _: IM_START)))
     probe = listed.fork()
     for token in [*b"ok", IM_START, *b'[{"name": "f", "arguments": {"a": ']:
-        assert token in _allowed(probe.masks([])[0])
+        assert token in _allowed(_masks(probe)[0])
         probe.accept(token)
-    assert ord("x") not in _allowed(probe.masks([])[0])
+    assert ord("x") not in _allowed(_masks(probe)[0])
     with pytest.raises(UnsupportedError) as caught:
         strict_grammar("gemma4", _TOOLS, lambda _: None)
     assert caught.value.param == "tools"
@@ -321,18 +331,24 @@ def test_real_vocabulary_masks_are_fast(default_model_path: Path) -> None:
     """On a 49k vocabulary tokens follow the grammar, the end is the model's, and a mask takes about a millisecond at most."""
     tokenizer = load_tokenizer(default_model_path)
     made = LLGuidanceCompiler(lambda: tokenizer, 49152)
+    filler = MaskFiller(49152)
     schema = '{"type":"object","properties":{"city":{"type":"string"},"n":{"type":"integer"}},"required":["city","n"],"additionalProperties":false}'
     constraint = _ready(made.compile(GrammarSpec(kind="json_schema", source=schema)))
     times = []
     for token in tokenizer.encode('{"city": "San José", "n": 42}', add_special_tokens=False):
-        start = time.thread_time()
-        (mask,) = constraint.masks([])
-        times.append(time.thread_time() - start)
+        start = time.process_time()
+        masks = filler.begin([(constraint.matcher, ())])
+        masks.wait()
+        times.append(time.process_time() - start)
+        (mask,) = masks.rows
         assert mask.shape == (1536,)
         assert token in _allowed(mask)
         constraint.accept(token)
-    assert _allowed(constraint.masks([])[0]) == set(tokenizer.info.eos_token_ids)
+    masks = filler.begin([(constraint.matcher, ())])
+    masks.wait()
+    assert _allowed(masks.rows[0]) == set(tokenizer.info.eos_token_ids)
     assert constraint.finished
+    filler.close()
     assert sorted(times)[len(times) // 2] < 0.003
     made.close()
 

@@ -1,5 +1,9 @@
 """Bit for bit: a sequence's tokens and log-probabilities are the same however it is run, on every device that promises it."""
 
+import json
+import re
+
+import msgspec
 import numpy as np
 import pytest
 
@@ -10,11 +14,13 @@ from sagellm_backend.registry import load as load_backend
 from sagellm_core.build import build_engine
 from sagellm_core.config import CacheOptions, EngineConfig, Limits, SpeculationOptions
 from sagellm_core.engine import Engine, EngineSettings
+from sagellm_core.grammar import LLGuidanceCompiler
 from sagellm_core.speculation import DraftSpeculator, NgramSpeculator
 from sagellm_core.spill import DiskTier
 from sagellm_core.testing import collect
+from sagellm_core.text.bytes_model import EOS, IM_END, ByteChatModel
 from sagellm_protocol.engine import EngineRequest
-from sagellm_protocol.sampling import SamplingParams
+from sagellm_protocol.sampling import GrammarSpec, SamplingParams
 
 SPEC = SPECS["llama"]
 WEIGHTS = random_weights(SPEC)
@@ -36,7 +42,7 @@ def backend(request):
     return found
 
 
-def tiny_engine(backend, *, n_blocks=64, max_rows=64, caching=True, speculator=None, spill_dir=None):
+def tiny_engine(backend, *, n_blocks=64, max_rows=64, caching=True, speculator=None, spill_dir=None, grammars=None):
     options = LoadOptions(n_blocks=n_blocks, max_rows=max_rows + 6, max_logit_rows=64)
     runner = backend.load(SPEC, WEIGHTS, options)
     settings = EngineSettings(
@@ -50,7 +56,7 @@ def tiny_engine(backend, *, n_blocks=64, max_rows=64, caching=True, speculator=N
     )
     guess = DraftSpeculator(backend.load(SPEC, WEIGHTS, options), 4) if speculator == "draft" else speculator
     spill = None if spill_dir is None else DiskTier(runner.kv, spill_dir, 256 * runner.kv.block_bytes)
-    return Engine(runner, settings, speculator=guess, spill=spill)
+    return Engine(runner, settings, speculator=guess, spill=spill, grammars=grammars)
 
 
 def requests(temperature=None, **sampling):
@@ -174,6 +180,88 @@ def test_re_scoring_equals_generating(backend, alone):
         scores = finish(tiny_engine(backend), [scoring])[0]["s"][2]
         got = [entry.logprob for entry in scores[len(request.prompt_token_ids) :]]
         np.testing.assert_allclose(got, logprobs, atol=1e-3)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["order", "orders"]},
+        "ids": {"type": "array", "items": {"const": "id"}, "maxItems": 9},
+    },
+    "required": ["kind", "ids"],
+    "additionalProperties": False,
+}
+GRAMMARS = [
+    GrammarSpec(kind="json_schema", source=json.dumps(SCHEMA)),
+    GrammarSpec(kind="regex", source="(ab|ba|c){40,60}"),
+    GrammarSpec(kind="choice", source='["the same again and again and again", "the same the same"]'),
+]
+
+
+@pytest.fixture(scope="module")
+def constrained(backend):
+    """Requests whose output must match a grammar, and what each gives alone."""
+    batch = [
+        EngineRequest(
+            request_id=f"r{index}",
+            prompt_token_ids=request.prompt_token_ids,
+            eos_token_ids=(EOS, IM_END),
+            sampling=msgspec.structs.replace(
+                request.sampling, grammar=GRAMMARS[index % 3], max_tokens=60, ignore_eos=False
+            ),
+        )
+        for index, request in enumerate(requests())
+    ]
+    engine = tiny_engine(backend, caching=False, grammars=byte_grammars())
+    out = {}
+    for request in batch:
+        out |= finish(engine, [request])[0]
+    engine.close()
+    return batch, out
+
+
+def byte_grammars():
+    return LLGuidanceCompiler(lambda: ByteChatModel("m", 4096).tokenizer, SPEC.vocab_size)
+
+
+def test_masks_written_beside_the_layers_give_what_the_grammar_says(constrained):
+    """Every output that ended by itself is a sentence of its grammar."""
+    batch, out = constrained
+    for request in batch:
+        text = bytes(out[request.request_id][0]).decode()
+        if request.sampling.grammar.kind == "json_schema":
+            value = json.loads(text)
+            assert value["kind"] in ("order", "orders")
+            assert set(value["ids"]) <= {"id"}
+        elif request.sampling.grammar.kind == "regex":
+            assert re.fullmatch("(ab|ba|c)+a?b?", text)
+        else:
+            assert text in json.loads(request.sampling.grammar.source)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"max_rows": 7},
+        {"n_blocks": 11, "max_rows": 40},
+        {"speculator": "ngram"},
+        {"speculator": "ngram", "n_blocks": 11, "max_rows": 40},
+        {"speculator": "draft"},
+    ],
+    ids=str,
+)
+def test_under_a_grammar(backend, constrained, how):
+    """Batch, chunks, preemption and verified guesses change nothing for outputs that must match a grammar."""
+    batch, want = constrained
+    guess = NgramSpeculator(6, 2, 1) if how.get("speculator") == "ngram" else how.get("speculator")
+    engine = tiny_engine(backend, **{**how, "speculator": guess}, grammars=byte_grammars())
+    out, status = finish(engine, batch)
+    engine.close()
+    assert out == want
+    assert "n_blocks" not in how or status.preemptions > 0
+    if how.get("speculator") == "ngram":  # a random model drafts what no grammar allows: its guesses are cut
+        assert 0 < status.accepted_tokens <= status.draft_tokens
 
 
 @pytest.mark.model

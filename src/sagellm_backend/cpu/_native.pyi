@@ -1,5 +1,6 @@
 """Types of the compiled module; see native/bindings.cpp."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ class Model:
         want_logits: bool,
         want_hidden: bool,
         adapters: _Int32 | None = None,
+        masks_ready: Callable[[], None] | None = None,
     ) -> tuple[_Int32, _Float32, _Int32, _Float32, _Float32 | None, _Float32 | None]: ...
     def set_adapter(self, number: int, slot: str, a: _Float32, b: _Float32) -> None: ...
     def drop_adapter(self, number: int) -> None: ...

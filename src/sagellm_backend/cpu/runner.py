@@ -127,6 +127,7 @@ class CpuRunner:
             batch.want_logits,
             batch.want_hidden,
             None if batch.adapters is None else _int32(batch.adapters),
+            batch.masks_ready,
         )
         return StepResult(token_ids, logprobs, top_ids, top_logprobs, logits, hidden)
 

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <bit>
 #include <chrono>
+#include <exception>
 #include <limits>
 #include <optional>
 #include <stdexcept>
@@ -190,7 +191,8 @@ class PyModel {
   }
 
   nb::tuple step(In<int32_t> tokens, In<int32_t> starts, In<int32_t> lengths, In<int32_t> tables, In<int32_t> logit_rows,
-                 const nb::list& sampling, bool want_logits, bool want_hidden, std::optional<In<int32_t>> adapters) {
+                 const nb::list& sampling, bool want_logits, bool want_hidden, std::optional<In<int32_t>> adapters,
+                 const nb::object& masks_ready) {
     const size_t n = logit_rows.size(), vocab = static_cast<size_t>(model_.config().vocab);
     std::vector<RowParams> rows;
     int top = 0;
@@ -216,10 +218,21 @@ class PyModel {
     nb::object logits = nb::none(), hidden = nb::none();
     if (want_logits) logits = new_array<float>({n, vocab}, &out.logits);
     if (want_hidden) hidden = new_array<float>({n, static_cast<size_t>(model_.config().d_model)}, &out.hidden);
+    std::exception_ptr failure;  // no exception may leave the parallel region: the other threads wait at its barriers
+    if (!masks_ready.is_none())
+      in.masks_ready = [&] {
+        nb::gil_scoped_acquire acquire;
+        try {
+          masks_ready();
+        } catch (...) {
+          failure = std::current_exception();
+        }
+      };
     {
       nb::gil_scoped_release release;
       model_.step(in, out);
     }
+    if (failure) std::rethrow_exception(failure);
     return nb::make_tuple(ids, logprobs, top_ids, top_logprobs, logits, hidden);
   }
 
@@ -459,7 +472,7 @@ NB_MODULE(_native, m) {
       .def("pack_matrix", &PyModel::pack_matrix)
       .def("finish", &PyModel::finish)
       .def("step", &PyModel::step, "token_ids"_a, "starts"_a, "lengths"_a, "block_tables"_a, "logit_rows"_a, "sampling"_a,
-           "want_logits"_a, "want_hidden"_a, "adapters"_a = nb::none())
+           "want_logits"_a, "want_hidden"_a, "adapters"_a = nb::none(), "masks_ready"_a = nb::none())
       .def("set_adapter", &PyModel::set_adapter)
       .def("drop_adapter", &PyModel::drop_adapter)
       .def("copy_blocks", &PyModel::copy_blocks)

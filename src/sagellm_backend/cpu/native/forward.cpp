@@ -60,6 +60,7 @@ void Forward::work(int thread) {
   if (hidden_only) return;
   pool.barrier();
   head(thread, loop);
+  if (thread == 0 && in_.masks_ready) in_.masks_ready();
   pool.barrier();
   sample(thread, loop + 1);
 }

@@ -1,6 +1,7 @@
 // A decoder on this machine: sizes, weights, KV cache and scratch. `forward.cpp` runs it.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -97,6 +98,7 @@ struct StepInput {
   const std::vector<RowParams>* sampling;
   int top_count;  // columns of top_ids and top_logprobs
   const int32_t* adapters = nullptr;  // of each sequence, -1 for none; or null
+  std::function<void()> masks_ready = nullptr;  // called by the calling thread after the layers; masks are not read before
 };
 
 struct StepOutput {
