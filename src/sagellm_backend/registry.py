@@ -17,6 +17,7 @@ GROUP = "sagellm.backends"
 
 _BUILT_IN = {
     "cpu": "sagellm_backend.cpu:CpuBackend",
+    "cuda": "sagellm_backend.cuda:CudaBackend",
     "reference": "sagellm_backend.reference:ReferenceBackend",
     "mock": "sagellm_backend.mock:MockBackend",
 }

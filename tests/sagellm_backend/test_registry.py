@@ -32,7 +32,7 @@ def install(monkeypatch: pytest.MonkeyPatch, **places: str) -> None:
 def test_built_in_backends_need_no_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own backends are known although the distribution is not installed."""
     install(monkeypatch)
-    assert list(registry.known()) == ["cpu", "reference", "mock"]
+    assert list(registry.known()) == ["cpu", "cuda", "reference", "mock"]
     assert pick("reference").name == "reference"
 
 

@@ -1,0 +1,166 @@
+"""Decode steps as CUDA graphs, at a ladder of batch sizes.
+
+A size is captured when it comes up for the second time: the first time runs as usual, so that no first token waits, and
+warms up the kernels. A batch takes the next larger size; the rows that are too many work on the cache's spare block.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sagellm_backend.base import BLOCK_SIZE
+from sagellm_backend.cuda.forward import Forward
+from sagellm_backend.cuda.kv import CudaKV
+from sagellm_backend.cuda.plan import DeviceStep, StepPlan, follow
+
+__all__ = ["Captured", "DecodeGraphs", "ladder"]
+
+_MAX_WIDTH = 8192
+"""Blocks of one sequence that a graph has room for: 131,072 tokens."""
+
+Captured = Callable[[], torch.Tensor]
+"""Runs the captured step again and returns its output, (size, d_model), which the next run overwrites."""
+
+
+def ladder(most: int) -> list[int]:
+    """Batch sizes to capture: powers of two up to 16, then steps that waste at most a sixth of the rows, up to `most`."""
+    sizes = [1, 2, 4, 8]
+    step = 8
+    while sizes[-1] < most:
+        step = max(step, sizes[-1] // 8 // 8 * 8)
+        sizes.append(sizes[-1] + step)
+    return [size for size in sizes if size <= most] or [1]
+
+
+@dataclass(slots=True)
+class _Graph:
+    """One size: the arrays that it reads, as views of one buffer, and the captured step."""
+
+    buffer: torch.Tensor
+    step: DeviceStep
+    replay: Captured | None = None
+
+
+class DecodeGraphs:
+    """Captured decode steps of one model.
+
+    Args:
+        forward: the model.
+        kv: its cache.
+        context_length: positions of the longest sequence that uses graphs.
+        max_rows: largest batch.
+        capture: how a step is captured; tests pass one that does without a GPU.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        kv: CudaKV,
+        context_length: int,
+        max_rows: int,
+        capture: Callable[[Callable[[], torch.Tensor]], Captured] | None = None,
+    ) -> None:
+        self._forward, self._kv = forward, kv
+        self._width = max(1, min(kv.n_blocks, -(-context_length // BLOCK_SIZE), _MAX_WIDTH))
+        self._sizes = ladder(min(max_rows, 512))
+        self._capture = capture or _Capturer().capture
+        self._graphs: dict[int, _Graph] = {}
+        self._seen: set[int] = set()
+        self.replays = 0
+
+    @property
+    def captured(self) -> tuple[int, ...]:
+        """Batch sizes that are captured."""
+        return tuple(sorted(self._graphs))
+
+    def run(self, plan: StepPlan, last: torch.Tensor) -> torch.Tensor | None:
+        """Return the final-norm states (rows, d_model) of a decode step; None if it has to run without a graph.
+
+        Args:
+            plan: the step.
+            last: tokens of the launch before, for negative token ids.
+        """
+        rows = plan.tokens.size
+        if rows != plan.lengths.size or plan.logit_rows.size != rows or plan.tables.shape[1] > self._width:
+            return None
+        at = bisect_left(self._sizes, rows)
+        if at == len(self._sizes):
+            return None
+        size = self._sizes[at]
+        if size not in self._seen:
+            self._seen.add(size)
+            return None
+        graph = self._graphs.get(size)
+        if graph is None:
+            graph = self._graphs[size] = self._prepare(size)
+        self._fill(graph, plan, size, last)
+        if graph.replay is None:
+            graph.replay = self._capture(lambda: self._forward.hidden(graph.step))
+        self.replays += 1
+        return graph.replay()[:rows]
+
+    def _prepare(self, size: int) -> _Graph:
+        device = self._kv.data.device
+        buffer = torch.zeros(4 * size, dtype=torch.int32, device=device)
+        tokens, positions, slots, starts = torch.split(buffer, size)
+        numbers = torch.arange(size, dtype=torch.int32, device=device)
+        step = DeviceStep(
+            tokens=tokens,
+            positions=positions,
+            slots=slots,
+            starts=starts,
+            firsts=numbers,
+            lengths=torch.ones_like(numbers),
+            tables=torch.full((size, self._width), self._kv.spare, dtype=torch.int32, device=device),
+            short=torch.stack([numbers, torch.zeros_like(numbers)], dim=1),
+            long=torch.empty((0, 2), dtype=torch.int32, device=device),
+            logit_rows=numbers,
+        )
+        return _Graph(buffer, step)
+
+    def _fill(self, graph: _Graph, plan: StepPlan, size: int, last: torch.Tensor) -> None:
+        """Send a step into the graph's arrays. The tables of the rows that are too many may stay: they are only read."""
+        rows, width = plan.tables.shape
+        host = np.zeros((4, size), np.int32)
+        host[2] = self._kv.spare * BLOCK_SIZE
+        host[:, :rows] = plan.tokens, plan.positions, plan.slots, plan.starts
+        tables = np.where(plan.tables < 0, self._kv.spare, plan.tables).astype(np.int32)
+        graph.buffer.copy_(_staged(host.reshape(-1), graph.buffer), non_blocking=True)
+        graph.step.tables[:rows, :width].copy_(_staged(tables, graph.buffer), non_blocking=True)
+        if (plan.tokens < 0).any():
+            graph.step.tokens.copy_(follow(graph.step.tokens, last))
+
+
+def _staged(array: npt.NDArray[np.int32], target: torch.Tensor) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if target.is_cuda else tensor
+
+
+class _Capturer:
+    """Captures on the GPU, into one pool of memory for all sizes."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, run: Callable[[], torch.Tensor]) -> Captured:
+        """Warm up and capture `run`, which neither waits for the GPU nor depends on the host."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = run()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return output
+
+        return replay

@@ -1,0 +1,179 @@
+"""The operations of a step by Triton kernels; plain products of 16 or 32 bits go to the vendor's library.
+
+In batch-invariant mode everything goes through our own kernels with one tile shape and fixed spans of keys.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch.nn import functional
+
+from sagellm_backend.base import BLOCK_SIZE
+from sagellm_backend.cuda.kernels import activation, attention, draw, embed, matmul, norm, rotary
+from sagellm_backend.cuda.matrix import Matrix
+from sagellm_backend.cuda.ops import AttentionShape, Rotation, Routes, TorchOps
+from sagellm_backend.cuda.plan import DeviceStep
+from sagellm_backend.cuda.tiles import FIXED, Tiles, tiles_for
+from sagellm_backend.cuda.weighted import high_product
+from sagellm_backend.cuda.weights import Projection
+
+__all__ = ["TritonOps"]
+
+_LANES = 16
+"""Least rows of a tensor-core product."""
+_LONG_LANES = 64
+_SPAN = 1024
+"""Keys of one split in batch-invariant mode."""
+_PROGRAMS = 264
+"""Two for each of an H100's 132 multiprocessors: more do not fit at once anyway."""
+_MAX_SPLITS = 32
+
+
+class TritonOps(TorchOps):
+    """See `TorchOps`.
+
+    Args:
+        dtype: of activations.
+        group: query heads of a KV head.
+        invariant: fix all tiles and splits.
+    """
+
+    def __init__(self, dtype: torch.dtype, group: int, *, invariant: bool = False) -> None:
+        super().__init__(dtype)
+        self._invariant = invariant
+        self.short_rows = max(1, _LANES // group)
+        self.long_rows = 0 if invariant else max(1, _LONG_LANES // group)
+        self._short_lanes, self._long_lanes = (_lanes(rows * group) for rows in (self.short_rows, self.long_rows))
+
+    def embed(self, table: Matrix, tokens: torch.Tensor, scale: float) -> torch.Tensor:
+        """See `TorchOps.embed`."""
+        return embed.embed(table, tokens, scale)
+
+    def residual_norm(
+        self,
+        x: torch.Tensor,
+        branch: torch.Tensor | None,
+        post: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        eps: float,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `TorchOps.residual_norm`; `x` is changed in place."""
+        return x, norm.residual_norm(x, branch, post, weight, eps, scale, self.dtype)
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """See `TorchOps.norm`."""
+        return norm.rms_norm(x, weight, eps)
+
+    def linear(self, x: torch.Tensor, projection: Projection) -> torch.Tensor:
+        """See `TorchOps.linear`."""
+        if len(projection.parts) > 1:
+            return super().linear(x, projection)
+        (matrix,) = projection.parts
+        if matrix.kind == "dense" and not self._invariant:
+            return functional.linear(x, matrix.data, projection.bias)
+        return matmul.matmul(x, matrix, self._tiles(x.shape[0]), bias=projection.bias)
+
+    def matmul(self, x: torch.Tensor, matrix: Matrix, *, exact: bool = False) -> torch.Tensor:
+        """See `TorchOps.matmul`."""
+        if matrix.kind == "dense" and not exact and not self._invariant:
+            return functional.linear(x, matrix.data)
+        return matmul.matmul(x, matrix, self._tiles(x.shape[0]), out_dtype=torch.float32 if exact else None)
+
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        step: DeviceStep,
+        rotation: Rotation,
+        cache: torch.Tensor,
+        shape: AttentionShape,
+        head_norms: tuple[torch.Tensor, torch.Tensor] | None,
+        eps: float,
+    ) -> torch.Tensor:
+        """See `TorchOps.rotate_and_store`."""
+        return rotary.rotate_and_store(
+            qkv,
+            step.slots,
+            rotation.cos,
+            rotation.sin,
+            cache,
+            shape.n_heads,
+            head_norms,
+            eps,
+            interleaved=rotation.interleaved,
+        )
+
+    def attend(self, q: torch.Tensor, step: DeviceStep, cache: torch.Tensor, shape: AttentionShape) -> torch.Tensor:
+        """See `TorchOps.attend`."""
+        out = torch.empty_like(q)
+        rows = (step.starts, step.firsts, step.lengths)
+        for tiles, tile in ((step.short, self._short_tile(step, shape)), (step.long, self._long_tile())):
+            attention.attend(
+                q, cache, step.tables, tiles, rows, out, tile, scale=shape.scale, window=shape.window, cap=shape.softcap
+            )
+        return out.flatten(1)
+
+    def activate(self, gate_up: torch.Tensor, kind: Literal["silu", "gelu_tanh", "gelu"]) -> torch.Tensor:
+        """See `TorchOps.activate`."""
+        return activation.activate(gate_up, kind)
+
+    def routes(self, source: torch.Tensor, chosen: torch.Tensor, n_matrices: int) -> Routes:
+        """Sort the products by their matrix into tiles of one matrix each, without asking the device for sizes."""
+        tiles_of = self._tiles(chosen.numel() // n_matrices)
+        n, tile = chosen.numel(), tiles_of.rows
+        key = torch.where(chosen < 0, n_matrices, chosen)
+        ordered, product = torch.sort(key, stable=True)
+        counts = torch.zeros(n_matrices + 1, dtype=torch.int64, device=key.device)
+        counts.scatter_add_(0, key, torch.ones_like(key))
+        tiles = (counts[:-1] + tile - 1) // tile
+        ends = torch.cumsum(tiles, 0)
+        most = -(-n // tile) + n_matrices
+        # Products without a matrix are written behind the last tile, where nobody looks.
+        begins = functional.pad((ends - tiles) * tile, (0, 1), value=most * tile)
+        first = torch.cumsum(counts, 0) - counts
+        within = torch.arange(n, device=key.device) - first[ordered]
+        order = torch.full((most * tile + n,), n, dtype=torch.int32, device=key.device)
+        order[begins[ordered] + within] = product.to(torch.int32)
+        matrix = torch.searchsorted(ends, torch.arange(most, device=key.device), right=True)
+        return Routes(source, chosen, order, torch.where(matrix < n_matrices, matrix, -1).to(torch.int32), tiles_of)
+
+    def grouped(self, x: torch.Tensor, matrix: Matrix, routes: Routes) -> torch.Tensor:
+        """See `TorchOps.grouped`."""
+        assert routes.order is not None
+        assert routes.tile_matrix is not None
+        assert routes.tiles is not None
+        return matmul.matmul(x, matrix, routes.tiles, routes=(routes.order, routes.tile_matrix, routes.source))
+
+    def draw_plain(self, z: torch.Tensor, best: torch.Tensor, scale: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        """See `TorchOps.draw_plain`."""
+        running = torch.cumsum(draw.chunk_sums(z, best, scale), dim=1)
+        total = running[:, -1]
+        target = high_product(words, total)
+        chunk = (running <= target[:, None]).sum(dim=1).clamp(max=running.shape[1] - 1)
+        before = torch.where(chunk > 0, torch.gather(running, 1, (chunk - 1).clamp(min=0)[:, None])[:, 0], 0)
+        token = draw.pick_in_chunk(z, best, scale, chunk, target - before)
+        return torch.where(total > 0, token, -1)
+
+    def apply_masks(self, z: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) -> None:
+        """See `TorchOps.apply_masks`."""
+        draw.apply_masks(z, rows, masks)
+
+    def _tiles(self, rows: int) -> Tiles:
+        return FIXED if self._invariant else tiles_for(rows)
+
+    def _short_tile(self, step: DeviceStep, shape: AttentionShape) -> attention.TileShape:
+        if self._invariant:
+            splits = max(1, -(-step.tables.shape[1] * BLOCK_SIZE // _SPAN))
+            return attention.TileShape(self.short_rows, self._short_lanes, 64, splits, _SPAN, 4)
+        programs = max(1, step.short.shape[0] * shape.n_kv_heads)
+        splits = min(_MAX_SPLITS, max(1, _PROGRAMS // programs))
+        return attention.TileShape(self.short_rows, self._short_lanes, 64, splits, 0, 4)
+
+    def _long_tile(self) -> attention.TileShape:
+        return attention.TileShape(self.long_rows, self._long_lanes, 64, 1, 0, 4)
+
+
+def _lanes(used: int) -> int:
+    return max(_LANES, 1 << max(used - 1, 0).bit_length())
