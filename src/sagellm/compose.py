@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from sagellm.asgi import AsgiApp
+    from sagellm_control_plane.live.follower import FollowerDriver
     from sagellm_control_plane.live.lifecycle import EngineSpec, LifecycleDriver
     from sagellm_control_plane.manager import ControlPlaneManager
     from sagellm_core.config import EngineConfig
@@ -190,6 +191,12 @@ class House:
         """Answer ``/ready`` with 200 or 503."""
         if self._gateway is not None:
             self._gateway.ready = ready
+
+    def share(self, peers: FollowerDriver) -> None:
+        """Do what other gateways of the port ask, and ask them."""
+        if self._gateway is not None:
+            peers.on_duty(self._gateway.duty)
+            self._gateway.share(peers)
 
     def key_state(self) -> str:
         """Return one line on who may call."""

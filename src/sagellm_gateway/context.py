@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sagellm_gateway.batches import BatchRunner
     from sagellm_gateway.keyring import KeyRing
     from sagellm_gateway.metrics import Metrics
+    from sagellm_gateway.peers import Peers
     from sagellm_gateway.store.batches import BatchStore
     from sagellm_gateway.store.database import Database
     from sagellm_gateway.store.files import FileStore
@@ -45,6 +46,7 @@ _JSON = (b"content-type", b"application/json")
 _TYPES_THAT_MAY_BE_JSON = re.compile(
     rb"^(application/([\w.+-]*\+)?json|application/x-www-form-urlencoded)\s*(;.*)?$", re.I
 )
+_TELL_S = 0.1
 _encode = msgspec.json.Encoder().encode
 
 
@@ -70,6 +72,7 @@ class Gateway:
         draining: set once by `drain`; new work is answered 503 from then on.
         in_flight: guards of the requests that run.
         background: responses that are made without a listener, by id.
+        peers: the other processes that share the port, where there are any.
     """
 
     def __init__(self, manager: Any, config: GatewayConfig, library: ModelLibrary | None = None) -> None:
@@ -80,8 +83,10 @@ class Gateway:
         self.draining = False
         self.in_flight = InFlight()
         self.background: dict[str, Any] = {}
+        self.peers: Peers | None = None
         self.started_at = time.time()
         self._flusher: asyncio.Task[None] | None = None
+        self._teller: asyncio.Task[None] | None = None
 
     @cached_property
     def database(self) -> Database:
@@ -161,11 +166,40 @@ class Gateway:
             await run.stop()
         if "runner" in self.__dict__:
             await self.runner.stop()
+        if self._teller is not None:
+            self._teller.cancel()
         if self._flusher is not None:
             self._flusher.cancel()
             await self.keyring.flush()
         if "database" in self.__dict__:
             self.database.close()
+
+    def duty(self, what: str, body: Any = None) -> Any:
+        """Do what a peer asked of this process; see `sagellm_gateway.peers.duty`."""
+        from sagellm_gateway.peers import duty
+
+        return duty(self, what, body)
+
+    def share(self, peers: Peers) -> None:
+        """From now on there are other processes on the port: what keys spend is told to them as it is spent."""
+        self.peers = peers
+        self._teller = asyncio.create_task(self._keep_telling(peers))
+
+    async def _keep_telling(self, peers: Peers) -> None:
+        while True:
+            await asyncio.sleep(_TELL_S)
+            spent = self.keyring.take_spent()
+            if spent:
+                await peers.ask("spent", spent)
+
+    async def everywhere(self, what: str, body: Any = None, *, lasting: str = "") -> list[Any]:
+        """Do a duty here, then in each process that shares the port; return the answers, the own first.
+
+        Raises:
+            SageError: it cannot be done here; then nobody else was asked.
+        """
+        own = self.duty(what, body)
+        return [own] if self.peers is None else [own, *await self.peers.ask(what, body, lasting)]
 
     def admit(self) -> None:
         """Check that new work may start.

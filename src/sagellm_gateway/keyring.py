@@ -66,7 +66,7 @@ class KeyRing:
         self._used_today: dict[str, int] = {}
         self._day = ""
         self._pending: dict[tuple[str, str, str], list[int]] = {}
-        self._flushed = 0.0
+        self._spent: dict[str, list[int]] = {}
 
     async def refresh(self, *, force: bool = False) -> None:
         """Read the keys again if the file has changed."""
@@ -162,13 +162,38 @@ class KeyRing:
                 code="insufficient_quota",
                 retry_after_s=left,
             )
+        self._spend(principal.key_id, 1, 0)
         return headers
+
+    def _spend(self, key_id: str, requests: int, tokens: int) -> None:
+        spent = self._spent.setdefault(key_id, [0, 0])
+        spent[0] += requests
+        spent[1] += tokens
+
+    def take_spent(self) -> dict[str, list[int]]:
+        """Return requests and tokens by key that were spent here since the last call."""
+        spent, self._spent = self._spent, {}
+        return spent
+
+    def spent_elsewhere(self, spent: dict[str, list[int]]) -> None:
+        """Take what other processes of the port have spent from the rates and budgets here."""
+        now = time.monotonic()
+        for key_id, (requests, tokens) in spent.items():
+            self._used_today[key_id] = self._used_today.get(key_id, 0) + tokens
+            entry = self._by_id.get(key_id)
+            if entry is None:
+                continue
+            for bucket, amount in ((entry.requests, requests), (entry.tokens, tokens)):
+                if bucket is not None:
+                    bucket.refill(now)
+                    bucket.level -= amount
 
     def used(self, principal: Principal, model: str, prompt_tokens: int, completion_tokens: int) -> None:
         """Note what a request used."""
         if not principal.key_id:
             return
         total = prompt_tokens + completion_tokens
+        self._spend(principal.key_id, 0, total)
         entry = self._by_id.get(principal.key_id)
         if entry is not None and entry.tokens is not None:
             # May go below zero: the next request waits until it has been paid for.

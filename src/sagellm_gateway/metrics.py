@@ -66,6 +66,14 @@ class Metrics:
         if tokens is not None:
             self._generated(self._label(scope.get("sagellm.model", "")), tokens, scope.get("sagellm.times"))
 
+    def families(self) -> Any:
+        """Return all metrics of this process as plain data."""
+        import msgspec
+
+        from sagellm_gateway.metric_families import families_of
+
+        return msgspec.to_builtins(families_of(self.registry))
+
     def _generated(self, model: str, tokens: tuple[int, int], times: tuple[float, float] | None) -> None:
         self.tokens.labels(model, "prompt").inc(tokens[0])
         self.tokens.labels(model, "completion").inc(tokens[1])
@@ -87,8 +95,12 @@ class Metrics:
 
 
 async def metrics(call: Call) -> None:
-    """GET /metrics."""
+    """GET /metrics: of all processes that share the port."""
+    import msgspec
     from prometheus_client import exposition
 
-    data = exposition.generate_latest(call.gateway.metrics.registry)
+    from sagellm_gateway.metric_families import Family, Merged, merge
+
+    found = msgspec.convert(await call.gateway.everywhere("metrics"), list[list[Family]])
+    data = exposition.generate_latest(Merged(merge(found)))
     await call.reply(data, content_type=exposition.CONTENT_TYPE_LATEST.encode())

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections import Counter
 from typing import Any
 
 import httpx2
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sagellm_gateway.inprocess import application
+from sagellm_gateway.metric_families import RULES, Family, merge
 from sagellm_gateway.middleware.edge import Edge
 from sagellm_gateway.middleware.tracing import Tracing
 
@@ -54,3 +59,28 @@ def test_nothing_configures_logging() -> None:
     """Importing and making an app adds no handler anywhere."""
     assert not logging.getLogger("sagellm_gateway").handlers
     assert not logging.getLogger("sagellm_gateway.access").handlers
+
+
+def test_every_gauge_has_a_sum(stack_http: httpx2.Client) -> None:
+    """Each gauge that a server shows has a rule for several processes, and the sum over one process is the process."""
+    text = stack_http.get("/metrics").text
+    gauges = set(re.findall(r"^# TYPE (\w+) gauge$", text, re.MULTILINE))
+    created = {name for name in gauges if name.endswith("_created")}
+    assert gauges - created == RULES.keys()
+    one = [
+        Family("a", "text", "counter", [("a_total", {"x": "1"}, 2.0)]),
+        Family("sagellm_ready", "", "gauge", [("sagellm_ready", {}, 1.0)]),
+    ]
+    assert merge([one]) == one
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("abc"), st.integers(0, 100), min_size=1), min_size=1, max_size=4))
+def test_counters_of_processes_add_up(processes: list[dict[str, int]]) -> None:
+    """The sum over processes has each label that any has, with all that was counted for it."""
+    families = [
+        [Family("a", "", "counter", [("a_total", {"x": label}, float(count)) for label, count in counts.items()])]
+        for counts in processes
+    ]
+    (merged,) = merge(families)
+    wanted = sum((Counter(counts) for counts in processes), Counter())
+    assert {labels["x"]: value for _, labels, value in merged.samples if value} == dict(wanted)

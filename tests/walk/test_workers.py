@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -145,3 +147,91 @@ def test_what_workers_cannot_share(capsys, flags, said):
 
     assert main(["serve", "--mock", "--port", "0", "--workers", "2", *flags]) == 1
     assert said in capsys.readouterr().err
+
+
+@pytest.fixture
+def by_worker():
+    """Connect to each worker: which one accepts is the kernel's choice, so connections are opened until each has one."""
+    with contextlib.ExitStack() as stack:
+
+        def connect(url: str, workers: list[int], key: str = "") -> dict[int, httpx2.Client]:
+            found: dict[int, httpx2.Client] = {}
+            until = time.monotonic() + 30
+            while found.keys() != set(workers):
+                assert time.monotonic() < until, f"only {sorted(found)} of {workers} accept"
+                headers = {"x-api-key": key} if key else {}
+                client = stack.enter_context(httpx2.Client(base_url=url, timeout=20, headers=headers))
+                processes = client.get("/v1/management/status").json()["gateway"]["processes"]
+                found.setdefault(processes[0]["pid"], client)
+            return found
+
+        yield connect
+
+
+def policies(clients: dict[int, httpx2.Client]) -> list[dict[str, str]]:
+    return [client.get("/v1/management/policy").json() for client in clients.values()]
+
+
+def metric(client: httpx2.Client, name: str) -> float:
+    text = client.get("/metrics").text
+    return sum(float(row.rpartition(" ")[2]) for row in text.splitlines() if row.startswith(name))
+
+
+def test_policy_and_metrics_are_of_all_workers(served, by_worker):
+    """A policy that one worker is told holds in all and in one that begins later; metrics count what all served, also the dead."""
+    root = served.base_url.removesuffix("/v1")
+    clients = by_worker(root, pids(served.output, "workers"))
+    wanted = {"scheduling_policy": "priority", "routing_strategy": "round_robin"}
+    one, other = clients.values()
+    assert one.put("/v1/management/policy", json=wanted).json() == wanted
+    assert policies(clients) == [wanted] * 2
+    assert other.put("/v1/management/policy", json={"scheduling_policy": "best"}).status_code == 400
+    assert policies(clients) == [wanted] * 2
+    name = 'sagellm_http_requests_total{outcome="ok",route="/v1/chat/completions"'
+    for client, count in ((one, 3), (other, 2)):
+        for _ in range(count):
+            client.post("/v1/chat/completions", json={**BODY, "max_tokens": 2})
+    assert [metric(client, name) for client in clients.values()] == [5, 5]
+    dead = next(iter(clients))
+    os.kill(dead, signal.SIGKILL)
+    clients.pop(dead)
+    wait_until(lambda: any("starting another" in line for line in served.output))
+    (left,) = clients.values()
+    wait_until(lambda: len(left.get("/v1/management/status").json()["gateway"]["processes"]) == 2)
+    assert metric(left, name) == 5
+    successor = {p["pid"] for p in left.get("/v1/management/status").json()["gateway"]["processes"]} - set(clients)
+    clients |= by_worker(root, [*clients, *successor])
+    assert policies(clients) == [wanted] * 2
+    assert {metric(client, name) for client in clients.values()} == {5}
+
+
+def test_a_drained_engine_gets_nothing_from_any_worker(served, by_worker):
+    """An engine that one worker is told to drain gets no new request from the other one either."""
+    clients = by_worker(served.base_url.removesuffix("/v1"), pids(served.output, "workers"))
+    one, other = clients.values()
+    assert one.post("/v1/management/engines/mock/drain").json()["state"] == "DRAINING"
+    for client in (one, other):
+        assert client.get("/v1/management/engines/mock").json()["state"] == "DRAINING"
+
+
+def test_rates_hold_over_all_workers(start_server, tmp_path, by_worker):
+    """What a key spends at one worker counts at the other one within a moment."""
+    server = start_server("--mock", "--workers", "2", "--require-key", env={"XDG_STATE_HOME": str(tmp_path)})
+    wait_until(lambda: any(line.startswith("stop") for line in server.output))
+    env = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}
+    add = [sys.executable, "-m", "sagellm.cli.main", "keys", "add"]
+    secrets = []
+    for more in (["root", "--role", "admin"], ["ann", "--rpm", "20"]):
+        done = subprocess.run([*add, *more], env=env, capture_output=True, text=True, check=True)
+        secrets.append(re.search(r"sk-\S+", done.stdout)[0])
+    root = server.base_url.removesuffix("/v1")
+    wait_until(lambda: httpx2.get(f"{root}/v1/models", headers={"x-api-key": secrets[1]}).status_code == 200)
+    clients = by_worker(root, pids(server.output, "workers"), secrets[0])
+    one, other = clients.values()
+    ann = {"x-api-key": secrets[1]}
+    statuses = [
+        one.post("/v1/chat/completions", json={**BODY, "max_tokens": 2}, headers=ann).status_code for _ in range(21)
+    ]
+    assert statuses.count(200) in (20, 21)
+    wait_until(lambda: other.post("/v1/embeddings", json={}, headers=ann).status_code == 429)
+    server.stop()

@@ -21,9 +21,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from sagellm import compose
+from sagellm.cli.relay import Relay
 from sagellm.cli.server_process import ServeOptions, announce, engine_name, say
 from sagellm_control_plane.live.child import Child, describe_exit
 from sagellm_control_plane.live.follower import (
+    LINE_BYTES,
+    Answer,
+    Ask,
     EngineDown,
     EngineUp,
     FollowerDriver,
@@ -82,6 +86,7 @@ class Supervisor(LifecycleListener):
         self._up: dict[str, EngineUp] = {}
         self._workers: dict[int, tuple[Child, asyncio.StreamWriter]] = {}
         self._serving: set[int] = set()
+        self._relay = Relay()
         self._all_up = asyncio.Event()
         self._stopping = asyncio.Event()
         self._failure: str | None = None
@@ -131,6 +136,7 @@ class Supervisor(LifecycleListener):
         del client  # each worker has its own connection
         address = next(info.address for info in self._driver.processes() if info.engine_id == engine_id)
         self._up[engine_id] = EngineUp(engine_id=engine_id, address=address, token="", pid=pid)
+        self._relay.forget(f"drain {engine_id}")  # a new engine takes requests
         self._tell(self._up[engine_id])
 
     def engine_exited(self, event: EngineExit) -> None:
@@ -153,6 +159,7 @@ class Supervisor(LifecycleListener):
             listening.cancel()
             self._workers.pop(child.pid)[1].close()
             self._serving.discard(child.pid)
+            self._relay.leave(child.pid)
             if self._stopping.is_set():
                 return
             sys.stderr.write(f"worker {child.pid} {describe_exit(returncode)}: starting another\n")
@@ -171,25 +178,30 @@ class Supervisor(LifecycleListener):
         argv = [sys.executable, "-m", "sagellm.cli.workers", str(theirs.fileno()), str(self._sock.fileno())]
         child = Child.spawn(argv, log_fd=sys.stderr.fileno(), pass_fds=[theirs.fileno(), self._sock.fileno()])
         theirs.close()
-        reader, writer = await asyncio.open_connection(sock=ours)
+        reader, writer = await asyncio.open_connection(sock=ours, limit=LINE_BYTES)
         writer.write(msgspec.json.encode(order) + b"\n")
         for up in self._up.values():
             writer.write(line(up))
         self._workers[child.pid] = (child, writer)
-        return child, asyncio.create_task(self._listen(reader))
+        return child, asyncio.create_task(self._listen(child.pid, reader, writer))
 
-    async def _listen(self, reader: asyncio.StreamReader) -> None:
+    async def _listen(self, worker: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         decoder = msgspec.json.Decoder(FromWorker)
         with contextlib.suppress(ConnectionResetError):
             while said := await reader.readline():
                 match decoder.decode(said):
                     case WorkerUp(pid=pid):
                         self._serving.add(pid)
+                        self._relay.join(pid, writer)
                         if len(self._serving) == self._count:
                             self._all_up.set()
                     case RestartWanted(engine_id=engine_id):
                         with contextlib.suppress(InvalidArgumentError):  # another worker was faster
                             await self._driver.restart_engine(engine_id)
+                    case Ask() as ask:
+                        self._relay.ask(worker, ask)
+                    case Answer() as answer:
+                        self._relay.answer(worker, answer)
 
     async def _leave(self, slots: list[asyncio.Task[None]]) -> None:
         """End the workers, which finish what runs, then the engines."""
@@ -233,6 +245,7 @@ def main(control_fd: int, listen_fd: int) -> None:
         for config in configs:
             for k in range(options.engines):
                 await house.start_engine(config.served_id, engine_name(config.served_id, k, options.engines))
+        house.share(driver)
         house.set_ready(True)
         driver.serving(os.getpid())
 

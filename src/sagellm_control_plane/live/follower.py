@@ -1,26 +1,45 @@
 """Engines of another process: a lifecycle driver that is told by a supervisor which engines run and where.
 
-The supervisor and its workers talk over a socket pair in JSON lines: `EngineUp` and `EngineDown` come, `RestartWanted` and
-`WorkerUp` go.
+The supervisor and its workers talk over a socket pair in JSON lines. `EngineUp` and `EngineDown` come, `RestartWanted` and
+`WorkerUp` go. A worker's `Ask` is passed on to all others; each says its `Answer`, and the asker gets them together.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from sagellm_control_plane.live.engine_log import EngineLog, log_path
 from sagellm_control_plane.live.lifecycle import EngineExit, EngineSpec, LifecycleListener
 from sagellm_control_plane.live.wire_client import WireEngineClient
-from sagellm_protocol.errors import UnavailableError, UnsupportedError
+from sagellm_protocol.errors import SageError, UnavailableError, UnsupportedError
 from sagellm_protocol.ports import EngineClient
 
-__all__ = ["EngineDown", "EngineUp", "FollowerDriver", "FromWorker", "RestartWanted", "ToWorker", "WorkerUp", "line"]
+__all__ = [
+    "LINE_BYTES",
+    "Answer",
+    "Answers",
+    "Ask",
+    "EngineDown",
+    "EngineUp",
+    "FollowerDriver",
+    "FromWorker",
+    "RestartWanted",
+    "ToWorker",
+    "WorkerUp",
+    "line",
+]
 
+LINE_BYTES = 1 << 24
+"""The longest message: the metrics of all workers together."""
+
+Duty = Callable[[str, Any], Any]
 
 _FIXED = "with --workers engines are those of the command line; restart with others, or without --workers"
 
@@ -52,8 +71,34 @@ class WorkerUp(msgspec.Struct, frozen=True, kw_only=True, tag="worker_up"):
     pid: int
 
 
-ToWorker = EngineUp | EngineDown
-FromWorker = RestartWanted | WorkerUp
+class Ask(msgspec.Struct, frozen=True, kw_only=True, tag="ask"):
+    """Do the duty `what`. What is `lasting` is also said to workers that begin later; a new one takes an old one's place."""
+
+    number: int
+    what: str
+    body: msgspec.Raw
+    lasting: str = ""
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
+    """What came of an `Ask`; null where it could not be done."""
+
+    number: int
+    body: msgspec.Raw
+
+
+class Answers(msgspec.Struct, frozen=True, kw_only=True, tag="answers"):
+    """What the other workers said to an `Ask`."""
+
+    number: int
+    bodies: list[msgspec.Raw]
+
+
+ToWorker = EngineUp | EngineDown | Ask | Answers
+FromWorker = RestartWanted | WorkerUp | Ask | Answer
+
+
+_NULL = msgspec.Raw(b"null")
 
 
 def line(message: ToWorker | FromWorker) -> bytes:
@@ -78,6 +123,9 @@ class FollowerDriver:
         self._waiting: dict[str, asyncio.Future[EngineUp]] = {}
         self._listeners: dict[str, LifecycleListener] = {}
         self._clients: dict[str, EngineClient] = {}
+        self._duty: Duty | None = None
+        self._numbers = itertools.count()
+        self._asked: dict[int, asyncio.Future[list[Any]]] = {}
 
     @property
     def name(self) -> str:
@@ -86,7 +134,7 @@ class FollowerDriver:
 
     async def follow(self) -> None:
         """Take what the supervisor says until it ends."""
-        reader, self._writer = await asyncio.open_connection(sock=self._control)
+        reader, self._writer = await asyncio.open_connection(sock=self._control, limit=LINE_BYTES)
         decoder = msgspec.json.Decoder(ToWorker)
         while said := await reader.readline():
             match decoder.decode(said):
@@ -96,6 +144,45 @@ class FollowerDriver:
                     self._up.pop(event.engine_id, None)
                     if event.engine_id in self._listeners:
                         self._listeners[event.engine_id].engine_exited(event)
+                case Ask() as ask:
+                    self._send(Answer(number=ask.number, body=self._do(ask)))
+                case Answers(number=number, bodies=bodies):
+                    asked = self._asked.get(number)
+                    if asked is not None and not asked.done():
+                        asked.set_result([msgspec.json.decode(body) for body in bodies])
+        for asked in self._asked.values():
+            if not asked.done():
+                asked.set_result([])
+
+    def on_duty(self, duty: Duty) -> None:
+        """Call ``duty(what, body)`` for what other workers ask; it returns plain data and may raise `SageError`."""
+        self._duty = duty
+
+    def _do(self, ask: Ask) -> msgspec.Raw:
+        if self._duty is None:
+            return _NULL
+        try:
+            done = self._duty(ask.what, msgspec.json.decode(ask.body))
+        except SageError:  # the asker has done it: here something is under way that makes it pointless
+            return _NULL
+        return msgspec.Raw(msgspec.json.encode(done))
+
+    async def ask(self, what: str, body: Any, lasting: str = "") -> list[Any]:
+        """Have every other worker do the duty `what`; return what they answered, without those that could not.
+
+        Args:
+            what: name of a duty.
+            body: plain data.
+            lasting: a name under which it is kept for workers that begin later; empty is not at all.
+        """
+        number = next(self._numbers)
+        asked = self._asked[number] = asyncio.get_running_loop().create_future()
+        raw = msgspec.Raw(msgspec.json.encode(body))
+        self._send(Ask(number=number, what=what, body=raw, lasting=lasting))
+        try:
+            return [answer for answer in await asked if answer is not None]
+        finally:
+            del self._asked[number]
 
     def _is_up(self, up: EngineUp) -> None:
         self._up[up.engine_id] = up

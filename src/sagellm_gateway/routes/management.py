@@ -106,7 +106,9 @@ async def start_engine(call: Call) -> None:
 
 async def drain_engine(call: Call) -> None:
     """POST engines/{id}/drain: it gets no new requests."""
-    await call.json(msgspec.to_builtins(call.gateway.manager.start_engine_drain(_engine_id(call))))
+    engine_id = _engine_id(call)
+    await call.gateway.everywhere("drain", engine_id, lasting=f"drain {engine_id}")
+    await call.json(msgspec.to_builtins(call.gateway.manager.get_engine_info(engine_id)))
 
 
 async def stop_engine(call: Call) -> None:
@@ -126,7 +128,7 @@ async def prune(call: Call) -> None:
 
 
 async def status(call: Call) -> None:
-    """GET status: the control plane, its requests and this gateway."""
+    """GET status: the control plane and its requests as the process that answers sees them, and all processes of the gateway."""
     gateway = call.gateway
     manager = gateway.manager
     await call.json(
@@ -135,9 +137,18 @@ async def status(call: Call) -> None:
             "cluster": manager.get_cluster_status(),
             "metrics": msgspec.to_builtins(manager.get_metrics()),
             "scheduling": msgspec.to_builtins(manager.get_scheduling_metrics()),
-            "gateway": {"in_flight": len(gateway.in_flight), "draining": gateway.draining, "ready": gateway.ready},
+            "gateway": _together(await gateway.everywhere("state")),
         }
     )
+
+
+def _together(processes: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "in_flight": sum(p["in_flight"] for p in processes),
+        "draining": any(p["draining"] for p in processes),
+        "ready": all(p["ready"] for p in processes),
+        "processes": processes,
+    }
 
 
 async def backends(call: Call) -> None:
@@ -172,9 +183,9 @@ async def set_policy(call: Call) -> None:
     if scheduling is None and body.routing_strategy is None:
         raise InvalidArgumentError("name scheduling_policy or routing_strategy", param="scheduling_policy")
     if scheduling is not None:
-        call.gateway.manager.update_policy(scheduling)
+        await call.gateway.everywhere("scheduling_policy", scheduling, lasting="scheduling_policy")
     if body.routing_strategy is not None:
-        call.gateway.manager.update_routing(body.routing_strategy)
+        await call.gateway.everywhere("routing_strategy", body.routing_strategy, lasting="routing_strategy")
     await get_policy(call)
 
 

@@ -1,0 +1,55 @@
+"""Several gateway processes on one port: what one is told all do, what one is asked all answer."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from sagellm_gateway.context import Gateway
+
+__all__ = ["Peers", "duty"]
+
+
+class Peers(Protocol):
+    """The other processes that share the port."""
+
+    async def ask(self, what: str, body: Any, lasting: str = "") -> list[Any]:
+        """Have each of them do the duty `what`, and return their answers, plain data, in no order.
+
+        One that ends or does not answer in time is left out.
+
+        Args:
+            what: name of a duty.
+            body: plain data.
+            lasting: a name under which it is kept, and repeated to processes that begin later; a new one takes an old one's place.
+        """
+        ...
+
+
+def duty(gateway: Gateway, what: str, body: Any) -> Any:
+    """Do in this process what it, or a peer, was asked; returns plain data.
+
+    Raises:
+        SageError: it cannot be done.
+    """
+    manager = gateway.manager
+    match what:
+        case "scheduling_policy":
+            manager.update_policy(body)
+        case "routing_strategy":
+            manager.update_routing(body)
+        case "drain":
+            manager.start_engine_drain(body)
+        case "spent":
+            gateway.keyring.spent_elsewhere(body)
+        case "metrics":
+            return gateway.metrics.families()
+        case "state":
+            in_flight = len(gateway.in_flight)
+            return {
+                "pid": os.getpid(), "in_flight": in_flight, "draining": gateway.draining, "ready": gateway.ready
+            }  # fmt: skip
+        case _:
+            raise ValueError(f"{what!r} is not a duty")
+    return None
