@@ -105,6 +105,8 @@ class Guard:
         self._registry.discard(self)
         if self._listener is not None:
             self._listener.cancel()
+            # It keeps the cancellation, whose traceback leads back here: a cycle a request, for the collector to find.
+            self._listener = None
         if kind is asyncio.CancelledError and self.reason is not None:
             self.settle()
             raise self.reason from None

@@ -90,6 +90,9 @@ def _operation(spec: RouteSpec, schema_of: dict[Any, Any], secured: bool) -> dic
     if spec.body is not None:
         content = {"application/json": {"schema": schema_of[spec.body]}}
         operation["requestBody"] = {"required": not spec.optional_body, "content": content}
+    elif spec.form:
+        form = {"type": "object", "properties": dict(spec.form), "required": list(spec.form)}
+        operation["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": form}}}
     if secured and spec.role != "open":
         operation["security"] = [{"bearer": []}, {"key": []}]
     return operation
@@ -132,7 +135,7 @@ def _responses(spec: RouteSpec, schema_of: dict[Any, Any]) -> dict[str, Any]:
     error = {"application/json": {"schema": schema_of[_ERROR_TYPES[spec.shape]]}}
     refused = {"application/json": {"schema": {"type": "object"}}}
     for status, text in _ERRORS.items():
-        if status in (413, 415, 408) and spec.body is None:
+        if status in (413, 415, 408) and spec.body is None and not spec.form:
             continue
         # Layers before the route (Host, headers) always speak the OpenAI shape.
         either = {"anyOf": [error["application/json"]["schema"], refused["application/json"]["schema"]]}

@@ -148,7 +148,8 @@ def bind(host: str, port: int) -> socket.socket:
         SystemExit: the port is in use, or the address is not one of this machine; the message says which.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # With the protocol named: asyncio's own loop sets TCP_NODELAY only where it sees it, and a token would wait 40 ms for an ACK.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))

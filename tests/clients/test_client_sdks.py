@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import subprocess
-import sys
-import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,6 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 HERE = Path(__file__).parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "isagellm" / "clients"
 
 # Name -> (script, packages, least number of checks).
 PYTHON = {
@@ -33,35 +28,6 @@ NODE = {
     "anthropic-node": ("anthropic_node.mjs", ["@anthropic-ai/sdk"], 12),
     "ollama-node": ("ollama_node.mjs", ["ollama"], 11),
 }
-
-
-def folder(name: str, packages: list[str]) -> Path:
-    key = hashlib.sha256(json.dumps([sys.version_info[:2], packages]).encode()).hexdigest()[:12]
-    return CACHE / f"{name}-{key}"
-
-
-def python_of(name: str, packages: list[str]) -> Path:
-    """Return the interpreter of a cached virtual environment with `packages`."""
-    home = folder(name, packages)
-    python = home / "bin" / "python"
-    if not (home / "complete").exists():
-        shutil.rmtree(home, ignore_errors=True)
-        venv.create(home, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True, timeout=600)
-        (home / "complete").touch()
-    return python
-
-
-def node_home(name: str, packages: list[str]) -> Path:
-    """Return a cached folder with node_modules of `packages`."""
-    home = folder(name, packages)
-    if not (home / "complete").exists():
-        shutil.rmtree(home, ignore_errors=True)
-        home.mkdir(parents=True)
-        (home / "package.json").write_text('{"private": true}')
-        subprocess.run(["npm", "install", "--silent", "--no-audit", *packages], cwd=home, check=True, timeout=600)
-        (home / "complete").touch()
-    return home
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +45,11 @@ def judge(output: str, least: int) -> None:
 
 
 @pytest.mark.parametrize("name", PYTHON)
-def test_python_package(name: str, root_url: str) -> None:
+def test_python_package(name: str, root_url: str, python_with: Callable[[str, list[str]], Path]) -> None:
     """Every check of the package passes against the real stack."""
     script, packages, least = PYTHON[name]
     done = subprocess.run(
-        [python_of(name, packages), HERE / "checks" / script, root_url],
+        [python_with(name, packages), HERE / "checks" / script, root_url],
         capture_output=True,
         text=True,
         timeout=300,
@@ -95,10 +61,10 @@ def test_python_package(name: str, root_url: str) -> None:
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
 @pytest.mark.parametrize("name", NODE)
-def test_node_package(name: str, root_url: str) -> None:
+def test_node_package(name: str, root_url: str, node_with: Callable[[str, list[str]], Path]) -> None:
     """Every check of the package passes against the real stack."""
     script, packages, least = NODE[name]
-    home = node_home(name, packages)
+    home = node_with(name, packages)
     for file in ("runner.mjs", script):
         shutil.copy(HERE / "checks" / file, home / file)
     done = subprocess.run(

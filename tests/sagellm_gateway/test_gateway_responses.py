@@ -88,6 +88,32 @@ def test_chain_carries_the_conversation(http: httpx2.Client, manager: Any) -> No
     assert missing.json()["error"]["param"] == "previous_response_id"
 
 
+def test_items_are_referred_to_by_id(http: httpx2.Client, manager: Any) -> None:
+    """A reference stands for an output item of a stored response; one that is not stored is a 404 that names it."""
+    manager.script = manager.events(
+        ChoiceDelta(reasoning="Hm."),
+        ChoiceDelta(tool_calls=(ToolCallDelta(index=0, id="call_1", name="get", arguments='{"a": 1}'),)),
+        ChoiceDelta(finish_reason="tool_calls"),
+    )
+    first = http.post("/v1/responses", json={"model": "tiny", "input": "Hi", "tools": TOOLS}).json()
+    references = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
+    output = {"type": "function_call_output", "call_id": "call_1", "output": "2"}
+    manager.script = manager.say("Two.")
+    again = {"model": "tiny", "input": [{"role": "user", "content": "Hi"}, *references, output], "tools": TOOLS}
+    second = http.post("/v1/responses", json=again)
+    assert second.status_code == 200, second.text
+    user, assistant, tool = manager.requests[-1].messages
+    assert assistant.reasoning == "Hm."
+    assert [(c.id, c.function.arguments) for c in assistant.tool_calls] == [("call_1", '{"a": 1}')]
+    assert (user.content, tool.content) == ("Hi", "2")
+    listed = http.get(f"/v1/responses/{second.json()['id']}/input_items", params={"order": "asc"}).json()["data"]
+    assert [item["type"] for item in listed] == ["message", "reasoning", "function_call", "function_call_output"]
+    for unknown in ("fc_0", "fc_" + "0" * 24 + "_0", first["output"][0]["id"] + "9", "x"):
+        lost = {"model": "tiny", "input": [{"type": "item_reference", "id": unknown}]}
+        answer = http.post("/v1/responses", json=lost)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (404, "input[0]")
+
+
 def test_stream_events_follow_the_specification(http: httpx2.Client, manager: Any) -> None:
     """Thoughts, text and calls stream as items that open, fill and close; every event validates."""
     manager.script = manager.events(

@@ -37,6 +37,13 @@ def target() -> Iterator[Running]:
 
 
 @pytest.fixture
+def fresh() -> Iterator[Running]:
+    """A gateway that a test may change."""
+    with running(create_app(local_manager())) as server:
+        yield server
+
+
+@pytest.fixture
 def attacker(target: Running) -> Iterator[httpx2.Client]:
     with httpx2.Client(base_url=target.url, timeout=30, trust_env=False) as client:
         yield client

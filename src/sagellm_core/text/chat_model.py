@@ -209,11 +209,16 @@ class TextChatModel:
             output = f" and {wanted} for the output" if wanted is not None and room >= 1 else ""
             cure = "shorten the prompt" if room < 1 else f"lower max_tokens to {room} or shorten the prompt"
             raise ContextLengthError(
-                f"the prompt has {prompt} tokens{output}, the context of {self.model_id} has {self.context_length}: {cure}",
+                f"the prompt has {prompt} tokens{output}, {self._longest}: {cure}",
                 param=param if room < 1 else "max_tokens",
             )
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
         return msgspec.structs.replace(sampling, seed=seed, max_tokens=wanted if wanted is not None else room)
+
+    @property
+    def _longest(self) -> str:
+        """In the words by which clients and agents tell an overflow from other errors."""
+        return f"this model's maximum context length is {self.context_length}"
 
     def _check_length(self, pieces: Sequence[str | int], param: str = "messages") -> None:
         """Refuse a text that cannot fit before much time is spent on tokenising it.
@@ -228,8 +233,7 @@ class TextChatModel:
             least = len(self.tokenizer.encode_pieces([0, beginning])) - _CUT
         if least >= self.context_length:
             raise ContextLengthError(
-                f"the prompt has {characters} characters, at least {least} tokens; the context of {self.model_id} has "
-                f"{self.context_length}: shorten the prompt",
+                f"the prompt has {characters} characters, at least {least} tokens; {self._longest}: shorten the prompt",
                 param=param,
             )
 

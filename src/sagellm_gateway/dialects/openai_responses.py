@@ -302,7 +302,7 @@ def _other(item: ItemWire, where: str) -> ChatMessage:
         text = text_of_content(item.output, f"{where}.output")
         return ChatMessage(role="tool", content=text or "", tool_call_id=item.call_id)
     raise UnsupportedError(
-        f"{where} is of type {(item.type or '')[:40]!r}: use message, function_call, function_call_output or reasoning",
+        f"{where} is of type {(item.type or '')[:40]!r}: use message, function_call, function_call_output, reasoning or item_reference",
         param=where,
     )
 

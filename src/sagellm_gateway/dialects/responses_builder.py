@@ -5,7 +5,6 @@ Objects and events follow the Open Responses specification (see docs/design/0070
 
 from __future__ import annotations
 
-import secrets
 from typing import Any
 
 import msgspec
@@ -109,7 +108,7 @@ class ResponseBuilder:
         if self._item is not None and self._key == (kind, key):
             return []
         out = self._leave("completed")
-        item = _new_item(kind, **fields)
+        item = _new_item(kind, item_id(self.response["id"], kind, len(self.response["output"])), **fields)
         self._item, self._key, self._parts, self._entries = item, (kind, key), [], []
         self.response["output"].append(item)
         index = len(self.response["output"]) - 1
@@ -179,8 +178,17 @@ class ResponseBuilder:
         return out
 
 
-def _new_item(kind: str, **fields: Any) -> dict[str, Any]:
-    item_id = ITEM_PREFIX[kind] + secrets.token_hex(12)
+def item_id(response_id: str, kind: str, index: int) -> str:
+    """Return the id of a response's output item; it tells which response to look in (`response_of_item`)."""
+    return f"{ITEM_PREFIX[kind]}{response_id.partition('_')[2]}_{index}"
+
+
+def response_of_item(item_id: str) -> str:
+    """Return the id of the response that an output item is of; of other ids, one that no response has."""
+    return f"resp_{item_id.partition('_')[2].partition('_')[0]}"
+
+
+def _new_item(kind: str, item_id: str, **fields: Any) -> dict[str, Any]:
     if kind == "message":
         return {"type": kind, "id": item_id, "status": "in_progress", "role": "assistant", "content": []}
     if kind == "reasoning":

@@ -17,6 +17,7 @@ from sagellm_gateway.store.files import StoredFile
 from sagellm_protocol.errors import InvalidArgumentError
 
 __all__ = [
+    "FORM",
     "cancel_batch",
     "create_batch",
     "delete_file",
@@ -30,6 +31,7 @@ __all__ = [
 
 T = TypeVar("T")
 _PURPOSES = ("batch", "user_data")
+FORM = {"file": {"type": "string", "format": "binary"}, "purpose": {"enum": list(_PURPOSES)}}
 
 
 async def upload(call: Call) -> None:

@@ -11,7 +11,7 @@ from sagellm_gateway.dialects.openai_common import check_model
 from sagellm_gateway.errors import HttpError
 from sagellm_gateway.jsonbody import convert
 from sagellm_gateway.store.keys import ApiKey
-from sagellm_protocol.errors import InvalidArgumentError, UnavailableError
+from sagellm_protocol.errors import InvalidArgumentError, ModelNotFoundError
 
 __all__ = [
     "add_key",
@@ -209,10 +209,10 @@ async def load_model(call: Call) -> None:
 async def unload_model(call: Call) -> None:
     """POST models/unload: stop the engines that the server started for the model."""
     body = convert(await call.json_object(), ModelBody)
-    manager = call.gateway.manager
-    managed = [e.engine_id for e in manager.get_engines_for_model(body.model) if e.managed]
+    manager, model = call.gateway.manager, check_model(body.model)
+    managed = [e.engine_id for e in manager.get_engines_for_model(model) if e.managed]
     if not managed:
-        raise UnavailableError("no engine of this server's own serves the model: there is nothing to stop")
+        raise ModelNotFoundError(f"no engine that this server started serves {model!r}: nothing to stop", param="model")
     for engine_id in managed:
         await manager.request_engine_shutdown(engine_id)
     await call.json({"model": body.model, "stopped": managed})

@@ -11,7 +11,7 @@ from typing import Any
 from sagellm_gateway.context import Call
 from sagellm_gateway.dialects import openai_responses as dialect
 from sagellm_gateway.dialects.openai_common import ignored_fields
-from sagellm_gateway.dialects.responses_builder import ResponseBuilder, event_bytes
+from sagellm_gateway.dialects.responses_builder import ResponseBuilder, event_bytes, response_of_item
 from sagellm_gateway.errors import HttpError
 from sagellm_gateway.jsonbody import convert
 from sagellm_gateway.routes.generation import extras, generate, new_id, now
@@ -109,7 +109,7 @@ async def create(call: Call) -> None:
     call.ignore(ignored_fields(raw, dialect.KNOWN))
     if body.background and body.store is False:
         raise InvalidArgumentError("background needs store: true, or nobody could fetch the answer", param="store")
-    own = dialect.input_items(body)
+    own = await _own(call, body)
     history = await _history(call, body.previous_response_id)
     response_id = new_id("resp_")
     request = dialect.request_of(
@@ -162,6 +162,28 @@ async def _save(call: Call, builder: ResponseBuilder, own: list[dict[str, Any]])
     body = builder.response
     stored = StoredResponse(id=body["id"], body=body, input=own, previous=body["previous_response_id"])
     await call.gateway.responses.put(call.principal.key_id, stored)
+
+
+async def _own(call: Call, body: dialect.ResponsesBody) -> list[dict[str, Any]]:
+    """Return the request's own items, each reference to an output item of a stored response replaced by that item."""
+    items = dialect.input_items(body)
+    for i, item in enumerate(items):
+        if item["type"] == "item_reference":
+            items[i] = await _referred(call, item["id"], f"input[{i}]")
+    return items
+
+
+async def _referred(call: Call, item_id: str, where: str) -> dict[str, Any]:
+    stored = await call.gateway.responses.get(call.principal.key_id, response_of_item(item_id))
+    for item in stored.body["output"] if stored is not None else ():
+        if item["id"] == item_id:
+            return dict(item)
+    raise HttpError(
+        404,
+        f"{where} refers to the item {item_id[:64]!r}, which is not stored here",
+        code="item_not_found",
+        param=where,
+    )
 
 
 async def _history(call: Call, previous: str | None) -> list[dict[str, Any]]:
@@ -324,7 +346,7 @@ async def input_tokens(call: Call) -> None:
     """POST /v1/responses/input_tokens: what the prompt would cost."""
     raw = await call.json_object()
     body = convert(raw, dialect.ResponsesBody)
-    items = [*await _history(call, body.previous_response_id), *dialect.input_items(body)]
+    items = [*await _history(call, body.previous_response_id), *await _own(call, body)]
     request = dialect.request_of(body, items, new_id("resp_"), call.gateway.config.limits)
     prepared = call.gateway.manager.chat_model(request.model).prepare(request)
     count = len(prepared.engine_requests[0].prompt_token_ids)

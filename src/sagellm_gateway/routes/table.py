@@ -49,6 +49,7 @@ class RouteSpec(NamedTuple):
         media: media type of the answer, where it is not JSON.
         query: parameters and their schemas.
         optional_body: whether the body may be left out.
+        form: the properties of a form, where the body is one and no JSON.
     """
 
     method: str
@@ -63,6 +64,7 @@ class RouteSpec(NamedTuple):
     media: str | None = None
     query: Mapping[str, Any] = {}
     optional_body: bool = False
+    form: Mapping[str, Any] = {}
 
 
 SSE = "text/event-stream"
@@ -132,7 +134,7 @@ ROUTES: tuple[RouteSpec, ...] = (
         ollama_body,
         body=vector_types.OllamaEmbeddingsBody,
     ),
-    RouteSpec("POST", "/v1/files", files.upload),
+    RouteSpec("POST", "/v1/files", files.upload, form=files.FORM),
     RouteSpec("GET", "/v1/files", files.list_files, query={**LONG_PAGE, "purpose": STRING}),
     RouteSpec("GET", "/v1/files/{file}", files.get_file),
     RouteSpec("DELETE", "/v1/files/{file}", files.delete_file),
