@@ -12,7 +12,7 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from sagellm_gateway.config import GatewayConfig
 from sagellm_gateway.context import Gateway
@@ -21,10 +21,14 @@ __all__ = ["GatewayServer", "bind", "refuse_open_door", "run", "server_of"]
 
 
 _LINGER_S = 2.0
+_PIPELINED = 4
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with a deadline and a size bound for the header block, which it lacks."""
+    """uvicorn's HTTP/1.1 with what it lacks: a deadline and a size bound for the header block, and an end for pipelined requests.
+
+    When a connection is lost uvicorn tells the request that was parsed last. With pipelining that is not the one that runs.
+    """
 
     header_seconds = 10.0
     header_bytes = 32 * 1024
@@ -35,11 +39,16 @@ class BoundedProtocol(HttpToolsProtocol):
         self._header_size = 0
         self._in_headers = True
         self._discarding = False
+        self._running: RequestResponseCycle | None = None
         self._header_timer: asyncio.TimerHandle | None = self.loop.call_later(self.header_seconds, self._header_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the clock; end the request that runs, and begin none of those behind it."""
         self._stop_timer()
+        self.pipeline.clear()
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -69,10 +78,15 @@ class BoundedProtocol(HttpToolsProtocol):
         self._header_size = 0
         self._stop_timer()
         super().on_headers_complete()
+        if not self.pipeline:  # else it waits behind another one
+            self._running = self.cycle
+        elif len(self.pipeline) < _PIPELINED:
+            self.flow.resume_reading()  # whoever does not read does not see that the client has gone
 
     def on_response_complete(self) -> None:
-        """The next bytes belong to a new header block."""
+        """The next bytes belong to a new header block; the next request in the pipeline begins."""
         self._in_headers = True
+        self._running = self.pipeline[-1][0] if self.pipeline else None
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:

@@ -124,6 +124,23 @@ def test_slow_or_oversized_heads_and_bodies_are_cut(server: Any, sent: bytes, st
         assert b'"code"' in seen
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_pipelined_requests_end_with_their_connection(server: Any, manager: Any, stream: bool, caplog: Any) -> None:
+    """When a client with two requests in one pipeline goes away, the one that runs is aborted and the other never begins."""
+    if server.kind == "granian" and not stream:
+        pytest.skip(
+            "granian reads nothing while a request without a stream runs, so it does not see that the client has gone"
+        )
+    manager.script = manager.events(ChoiceDelta(text="a"), wait=True)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "stream": stream}
+    with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        sock.sendall(request_bytes(body) * 2)
+        until(lambda: manager.open == 1)
+    until(lambda: manager.open == 0, 0.15 if stream and server.kind == "uvicorn" else 5.0)
+    assert len(manager.requests) == 1
+    assert not caplog.records
+
+
 def test_requests_leave_no_cycles(http: httpx2.Client) -> None:
     """What a request made is gone when it ends, without the garbage collector: its pauses would be the tail of the latency."""
     gc.collect()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from importlib import resources
 
+import msgspec
+
 from sagellm_gateway.context import Call
 from sagellm_gateway.openapi import document
 from sagellm_gateway.version import version
@@ -23,11 +25,16 @@ def _file(name: str) -> bytes:
     return (resources.files("sagellm_gateway") / "web" / name).read_bytes()
 
 
-async def openapi(call: Call) -> None:
-    """GET /openapi.json."""
+@cache
+def _document(secured: bool) -> bytes:
     from sagellm_gateway.routes.table import ROUTES
 
-    await call.json(document(ROUTES, version(), secured=call.gateway.keyring.demanded))
+    return msgspec.json.encode(document(ROUTES, version(), secured=secured))
+
+
+async def openapi(call: Call) -> None:
+    """GET /openapi.json."""
+    await call.reply(_document(call.gateway.keyring.demanded))
 
 
 async def docs(call: Call) -> None:
