@@ -18,11 +18,12 @@ def timing(constants: dict[str, float], path: Path) -> dict[str, object]:
     """Write the step times as Dynamo reads them: prefill by tokens of a step, decode by tokens of context and their mean length.
 
     Dynamo's step takes prefill(chunk) + decode(batch), and decode takes nothing without a batch. A chunk of the whole token budget
-    is only possible without a decoding sequence: there, the step's fixed part belongs to the prefill.
+    is only possible without a decoding sequence: there, the step's fixed part and that of its sequence belong to the prefill.
     """
     budget, tps, step = constants["step_tokens"], constants["prefill_tps"], constants["step_s"]
     tokens = np.array([0.0, budget - 1.0, budget, 64.0 * budget])
-    prefill = tokens / tps + np.array([0.0, 0.0, step, step])
+    alone = step + constants["per_sequence_s"]
+    prefill = tokens / tps + np.array([0.0, 0.0, alone, alone])
     held = np.array([0.0, float(constants["n_blocks"] * constants["block_size"])])
     length = np.geomspace(16.0, 400_000.0, 400)
     decode = step + constants["per_sequence_s"] * held[:, None] / length + constants["per_token_s"] * held[:, None]

@@ -1,13 +1,19 @@
-"""Live against simulated: the same requests, policy and engine constants over mock engine processes and over the simulator."""
+"""Live against simulated: the same requests and policy over mock engine processes and over the simulator.
+
+The simulated engines have the constants that `sage-llm profile` finds on a live one, so that what a step costs beside the simulated
+device (Python, the wire, a sleep that ends late) is in them; with `--nominal`, those that the mock device is told.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import statistics
 import sys
 import tempfile
 import time
-from contextlib import aclosing
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -18,6 +24,7 @@ from sagellm_control_plane.live.process_driver import ProcessDriver, ProcessOpti
 from sagellm_control_plane.manager import ControlPlaneManager
 from sagellm_control_plane.sim.cluster import simulate
 from sagellm_control_plane.sim.engine_model import EngineConstants
+from sagellm_control_plane.sim.profile import profile_engine
 from sagellm_control_plane.sim.traces import SimRequest, poisson
 from sagellm_core.config import EngineConfig, Limits, MockOptions
 from sagellm_core.text.bytes_model import ByteChatModel
@@ -27,8 +34,8 @@ from sagellm_protocol.sampling import SamplingParams
 
 MOCK = MockOptions(base_ms=25.0, prefill_us=400.0, sequence_us=1000.0)
 CONSTANTS = EngineConstants(
-    prefill_tps=2500.0, step_s=0.025, per_sequence_s=0.001, per_token_s=0.0, step_tokens=256, max_sequences=16,
-    block_size=16, n_blocks=4096,
+    prefill_tps=2500.0, step_s=0.025, per_sequence_s=0.001, per_token_s=0.0, step_tokens=256, oldest_share=0.25,
+    max_sequences=16, block_size=16, n_blocks=4096,
 )  # fmt: skip
 TTFT_S, TPOT_S = 1.0, 0.08
 OBJECTIVE = SLO(ttft_s=TTFT_S, tpot_s=TPOT_S)
@@ -52,14 +59,34 @@ def argv(spec, socket):
     return [sys.executable, "-m", "sagellm_core.server", "--config", config, "--socket", socket]
 
 
-async def live(requests: list[SimRequest], policy: str, engines: int) -> float:
-    good = 0
+@asynccontextmanager
+async def fleet(policy: str, engines: int) -> AsyncIterator[ControlPlaneManager]:
     with tempfile.TemporaryDirectory() as folder:
         options = ProcessOptions(run_dir=Path(folder, "r"), log_dir=Path(folder, "l"))
         config = CoreConfig(routing_strategy=policy, slo=OBJECTIVE, admission=AdmissionConfig(max_waiting=10**9))
         manager = ControlPlaneManager(config=config, driver=ProcessDriver(argv, options), catalog=Catalog(), seed=0)
         await manager.start()
-        await asyncio.gather(*(manager.request_engine_startup("sim", f"e{i}") for i in range(engines)))
+        try:
+            await asyncio.gather(*(manager.request_engine_startup("sim", f"e{i}") for i in range(engines)))
+            yield manager
+        finally:
+            await manager.stop()
+
+
+async def profiled(engines: int) -> EngineConstants:
+    async with fleet("round_robin", engines) as manager:
+        found = await asyncio.gather(*(profile_engine(manager.engine_client(f"e{i}")) for i in range(engines)))
+    return msgspec.structs.replace(
+        CONSTANTS,
+        prefill_tps=statistics.median(one.prefill_tps for one in found),
+        step_s=statistics.median(one.step_s for one in found),
+        per_sequence_s=statistics.median(one.per_sequence_s for one in found),
+    )
+
+
+async def live(requests: list[SimRequest], policy: str, engines: int) -> float:
+    good = 0
+    async with fleet(policy, engines) as manager:
         began = time.monotonic()
 
         async def one(serial: int, request: SimRequest) -> None:
@@ -81,7 +108,6 @@ async def live(requests: list[SimRequest], policy: str, engines: int) -> float:
             good += first - sent <= TTFT_S and pace <= TPOT_S
 
         await asyncio.gather(*(one(i, request) for i, request in enumerate(requests)))
-        await manager.stop()
     return good / len(requests)
 
 
@@ -91,13 +117,20 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--rates", default="6,12,18")
     parser.add_argument("--policies", default="round_robin,load_balanced")
+    parser.add_argument("--nominal", action="store_true")
     options = parser.parse_args()
+    constants = CONSTANTS if options.nominal else asyncio.run(profiled(options.engines))
+    print(
+        f"prefill {constants.prefill_tps:.0f} tokens/s, step {constants.step_s * 1e3:.1f} ms, "
+        f"{constants.per_sequence_s * 1e3:.2f} ms a sequence",
+        flush=True,
+    )
     for rate in map(float, options.rates.split(",")):
         requests = poisson(rate, options.requests, prompt_tokens=300, output_tokens=40, seed=3)
         requests = [msgspec.structs.replace(r, prompt_tokens=min(r.prompt_tokens, 3000)) for r in requests]
         for policy in options.policies.split(","):
             config = CoreConfig(routing_strategy=policy, slo=OBJECTIVE, admission=AdmissionConfig(max_waiting=10**9))
-            simulated = simulate(requests, config, engines=options.engines, constants=CONSTANTS).goodput(TTFT_S, TPOT_S)
+            simulated = simulate(requests, config, engines=options.engines, constants=constants).goodput(TTFT_S, TPOT_S)
             measured = asyncio.run(live(requests, policy, options.engines))
             print(f"{rate:g} requests/s, {policy}: simulated {simulated:.3f}, live {measured:.3f}", flush=True)
 

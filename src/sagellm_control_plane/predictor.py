@@ -1,7 +1,7 @@
 """Predicted latency: online regression on each engine's own history.
 
-Recursive least squares with forgetting (Ljung, *System Identification*, 1999, section 11.2) over three features, written out in
-plain floats: an update costs a few microseconds and needs no numpy.
+Recursive least squares with forgetting (Ljung, *System Identification*, 1999, section 11.2), written out in plain floats: an update costs
+two microseconds and needs no numpy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ __all__ = ["LatencyModel", "Regression"]
 
 
 class Regression:
-    """y = w . x over three features, with exponential forgetting.
+    """y = w0 + w1 x1 + w2 x2, with exponential forgetting.
+
+    Written out in scalars: the covariance is symmetric, six numbers instead of nine, and nothing is looked up through a list.
 
     Args:
         weights: where to start.
@@ -22,47 +24,47 @@ class Regression:
         forget: weight of the past at each update.
     """
 
-    __slots__ = ("_forget", "_p", "_spread", "count", "error2", "w")
+    __slots__ = (
+        "_forget", "_p00", "_p01", "_p02", "_p11", "_p12", "_p22", "_spread", "count", "error2", "w0", "w1", "w2",
+    )  # fmt: skip
 
     def __init__(
         self, weights: tuple[float, float, float], spread: tuple[float, float, float], forget: float = 0.998
     ) -> None:
-        self.w = list(weights)
+        self.w0, self.w1, self.w2 = weights
         self._spread = spread
-        self._p = _diagonal(spread)
         self._forget = forget
         self.count = 0
         self.error2 = 0.0
+        self._start_covariance()
 
-    def predict(self, x0: float, x1: float, x2: float) -> float:
-        """Return the estimate."""
-        w = self.w
-        return w[0] * x0 + w[1] * x1 + w[2] * x2
+    def _start_covariance(self) -> None:
+        self._p00, self._p11, self._p22 = (one * one for one in self._spread)
+        self._p01 = self._p02 = self._p12 = 0.0
 
-    def update(self, x0: float, x1: float, x2: float, y: float) -> None:
+    def update(self, x1: float, x2: float, y: float) -> None:
         """Learn that the features gave `y`."""
-        p = self._p
-        k0 = p[0][0] * x0 + p[0][1] * x1 + p[0][2] * x2
-        k1 = p[1][0] * x0 + p[1][1] * x1 + p[1][2] * x2
-        k2 = p[2][0] * x0 + p[2][1] * x1 + p[2][2] * x2
-        denominator = self._forget + x0 * k0 + x1 * k1 + x2 * k2
-        w = self.w
-        error = y - (w[0] * x0 + w[1] * x1 + w[2] * x2)
-        g = (k0 / denominator, k1 / denominator, k2 / denominator)
-        for i in range(3):
-            w[i] += g[i] * error
-        k = (k0, k1, k2)
+        p00, p01, p02, p11, p12, p22 = self._p00, self._p01, self._p02, self._p11, self._p12, self._p22
+        k0 = p00 + p01 * x1 + p02 * x2
+        k1 = p01 + p11 * x1 + p12 * x2
+        k2 = p02 + p12 * x1 + p22 * x2
+        denominator = self._forget + k0 + x1 * k1 + x2 * k2
+        error = y - (self.w0 + self.w1 * x1 + self.w2 * x2)
+        g0, g1, g2 = k0 / denominator, k1 / denominator, k2 / denominator
+        self.w0 += g0 * error
+        self.w1 += g1 * error
+        self.w2 += g2 * error
         scale = 1.0 / self._forget
-        for i in range(3):
-            row = p[i]
-            gi = g[i]
-            for j in range(3):
-                row[j] = (row[j] - gi * k[j]) * scale
-        for i in range(3):
-            # Features that do not vary make the covariance grow without bound (wind-up): start it anew.
-            if p[i][i] > self._spread[i] ** 2 * 10.0 or p[i][i] <= 0.0:
-                self._p = _diagonal(self._spread)
-                break
+        self._p00 = p00 = (p00 - g0 * k0) * scale
+        self._p11 = p11 = (p11 - g1 * k1) * scale
+        self._p22 = p22 = (p22 - g2 * k2) * scale
+        self._p01 = (p01 - g0 * k1) * scale
+        self._p02 = (p02 - g0 * k2) * scale
+        self._p12 = (p12 - g1 * k2) * scale
+        s0, s1, s2 = self._spread
+        # Features that do not vary make the covariance grow without bound (wind-up): start it anew.
+        if not (0.0 < p00 <= 10.0 * s0 * s0 and 0.0 < p11 <= 10.0 * s1 * s1 and 0.0 < p22 <= 10.0 * s2 * s2):
+            self._start_covariance()
         self.count += 1
         rate = max(0.02, 1.0 / self.count)
         self.error2 += rate * (error * error - self.error2)
@@ -71,10 +73,6 @@ class Regression:
     def sigma(self) -> float:
         """Root mean square of the recent errors."""
         return sqrt(self.error2)
-
-
-def _diagonal(spread: tuple[float, float, float]) -> list[list[float]]:
-    return [[spread[i] ** 2 if i == j else 0.0 for j in range(3)] for i in range(3)]
 
 
 class LatencyModel:
@@ -100,7 +98,8 @@ class LatencyModel:
 
     def ttft(self, tokens: float, decoding: int) -> float:
         """Seconds until the first token when `tokens` must be computed first."""
-        estimate = self._ttft.predict(1.0, tokens, float(decoding))
+        line = self._ttft
+        estimate = line.w0 + line.w1 * tokens + line.w2 * decoding
         floor = tokens / self.prefill_rate * 0.25
         return estimate if estimate > floor else floor
 
@@ -110,21 +109,22 @@ class LatencyModel:
 
     def tpot(self, sequences: int, context_tokens: int) -> float:
         """Seconds a token with that many sequences decoding and tokens in their contexts."""
-        estimate = self._tpot.predict(1.0, float(sequences), float(context_tokens))
+        line = self._tpot
+        estimate = line.w0 + line.w1 * sequences + line.w2 * context_tokens
         floor = self._prior.step_s * 0.1
         return estimate if estimate > floor else floor
 
     def learn_ttft(self, tokens: float, decoding: int, seconds: float) -> None:
         """Learn from a first token; `tokens` and `decoding` as they were when it was predicted."""
-        self._ttft.update(1.0, tokens, float(decoding), seconds)
-        per_token = self._ttft.w[1]
+        self._ttft.update(tokens, decoding, seconds)
+        per_token = self._ttft.w1
         if per_token > 0.0:
             low, high = self._prior.prefill_tps * 0.02, self._prior.prefill_tps * 50.0
             self.prefill_rate = min(max(1.0 / per_token, low), high)
 
     def learn_tpot(self, sequences: float, context_tokens: float, seconds: float) -> None:
         """Learn from a finished request's mean time between tokens."""
-        self._tpot.update(1.0, sequences, context_tokens, seconds)
+        self._tpot.update(sequences, context_tokens, seconds)
 
     @property
     def observations(self) -> int:

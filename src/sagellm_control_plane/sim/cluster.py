@@ -309,7 +309,7 @@ class SimCluster:
     def _advance(self, engine: SimEngine) -> None:
         for kind, sequence, when in engine.advance(self.now):
             outcome = self.outcomes[sequence.request_id]
-            split = self._split.get((sequence.request_id, sequence.attempt))
+            split = self._split.get((sequence.request_id, sequence.attempt)) if self._split else None
             if split is not None and split[0] is not sequence:
                 if kind == "finish":
                     self._prefilled(sequence, *split)

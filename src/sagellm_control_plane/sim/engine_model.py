@@ -1,8 +1,9 @@
 """A simulated engine: continuous batching with chunked prefill, batch-dependent decode steps, paged KV with a prefix cache.
 
-Every step serves one token to each decoding sequence and fills the rest of its token budget with prefill, first come first served:
+Every step serves one token to each decoding sequence and fills the rest of its token budget with prefill, first come first served or
+by `EngineConstants.oldest_share`:
 
-    step time = step_s + per_sequence_s * decoding + per_token_s * context + prefill tokens / prefill_tps
+    step time = step_s + per_sequence_s * sequences + per_token_s * decoding context + prefill tokens / prefill_tps
 
 Steps between two changes of the batch differ only by the growing context, so that a run of k of them has a closed form: one event
 stands for a run, not for a step. A run is cut at the next step boundary when a request arrives.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from math import ceil, sqrt
 
 import msgspec
@@ -25,9 +27,11 @@ class EngineConstants(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         prefill_tps: prompt tokens computed a second.
         step_s: fixed part of a step.
-        per_sequence_s: for each decoding sequence in a step.
+        per_sequence_s: for each sequence in a step.
         per_token_s: for each token of context of the decoding sequences.
         step_tokens: token budget of a step, decode and prefill together.
+        oldest_share: what the oldest of several prompts gets of a step's prefill, the rest goes to the shortest ones. 1 is first come first
+            served, as vLLM does; our own engines give a quarter.
         max_sequences: sequences in a batch.
         block_size: tokens of a KV block.
         n_blocks: KV blocks.
@@ -40,6 +44,7 @@ class EngineConstants(msgspec.Struct, frozen=True, kw_only=True):
     per_sequence_s: float = 0.0001
     per_token_s: float = 1e-8
     step_tokens: int = 512
+    oldest_share: float = 1.0
     max_sequences: int = 256
     block_size: int = 512
     n_blocks: int = 4096
@@ -87,36 +92,39 @@ class SimSequence:
         self.serial = 0
         self.state = "waiting"
 
+    @property
+    def uncomputed(self) -> int:
+        """Tokens to prefill before the next one of the output."""
+        return self.prompt_tokens + self.generated - self.cached - self.done_prefill
+
 
 class _PrefixCache:
-    """Blocks by name with reference counts; unreferenced ones stay until they are evicted, least recently used first."""
+    """Blocks by name with reference counts; unreferenced ones stay until they are evicted, least recently used first.
 
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self._refs: dict[bytes, int] = {}
-        self._idle: OrderedDict[bytes, None] = OrderedDict()
+    Attributes:
+        refs: users of each block that is here.
+        idle: the blocks that nobody uses now, least recently used first.
+    """
+
+    __slots__ = ("evicted", "idle", "refs")
+
+    def __init__(self) -> None:
+        self.refs: dict[bytes, int] = {}
+        self.idle: OrderedDict[bytes, None] = OrderedDict()
         self.evicted = 0
-
-    def __len__(self) -> int:
-        return len(self._refs)
-
-    @property
-    def idle(self) -> int:
-        """Blocks that nobody uses now."""
-        return len(self._idle)
 
     def match(self, blocks: tuple[bytes, ...]) -> int:
         """Leading blocks that are here."""
         count = 0
         for name in blocks:
-            if name not in self._refs:
+            if name not in self.refs:
                 break
             count += 1
         return count
 
     def acquire(self, blocks: tuple[bytes, ...]) -> None:
         """Use blocks, making those that are missing."""
-        refs, idle = self._refs, self._idle
+        refs, idle = self.refs, self.idle
         for name in blocks:
             count = refs.get(name)
             if count is None:
@@ -128,7 +136,7 @@ class _PrefixCache:
 
     def release(self, blocks: tuple[bytes, ...]) -> None:
         """Stop using blocks, leaves first: they are evicted before their roots."""
-        refs, idle = self._refs, self._idle
+        refs, idle = self.refs, self.idle
         for name in reversed(blocks):
             refs[name] -= 1
             if refs[name] == 0:
@@ -137,17 +145,17 @@ class _PrefixCache:
     def evict(self, count: int) -> int:
         """Drop up to `count` unused blocks; return how many."""
         dropped = 0
-        while dropped < count and self._idle:
-            name, _none = self._idle.popitem(last=False)
-            del self._refs[name]
+        while dropped < count and self.idle:
+            name, _none = self.idle.popitem(last=False)
+            del self.refs[name]
             dropped += 1
         self.evicted += dropped
         return dropped
 
     def clear(self) -> None:
         """The engine lost its memory."""
-        self._refs.clear()
-        self._idle.clear()
+        self.refs.clear()
+        self.idle.clear()
 
 
 class SimEngine:
@@ -161,7 +169,7 @@ class SimEngine:
         "_private",
         "_run_a",
         "_run_c",
-        "_run_chunk",
+        "_run_shares",
         "_run_start",
         "_run_steps",
         "_serial",
@@ -182,7 +190,7 @@ class SimEngine:
     def __init__(self, engine_id: str, constants: EngineConstants) -> None:
         self.engine_id = engine_id
         self.constants = constants
-        self.cache = _PrefixCache(constants.block_size)
+        self.cache = _PrefixCache()
         self.sequences: dict[tuple[str, int], SimSequence] = {}
         self.alive = True
         self.slow = 1.0
@@ -202,7 +210,7 @@ class SimEngine:
         self._run_steps = 0
         self._run_a = 0.0
         self._run_c = 0.0
-        self._run_chunk = 0
+        self._run_shares: dict[SimSequence, int] = {}
 
     @property
     def steps(self) -> int:
@@ -290,7 +298,7 @@ class SimEngine:
         self._step += steps
         self._context += steps * self._decoding
         self._private += steps * self._decoding
-        self._spend_prefill(self._run_chunk * steps, now, out)
+        self._spend_prefill(steps, now, out)
         finish = self._finish
         while finish and finish[0][0] <= self._step:
             _step, _serial, sequence = heapq.heappop(finish)
@@ -301,17 +309,14 @@ class SimEngine:
             out.append(("finish", sequence, now))
         self._plan(now)
 
-    def _spend_prefill(self, tokens: int, now: float, out: list[tuple[str, SimSequence, float]]) -> None:
-        while tokens > 0 and self._prefilling:
-            sequence = self._prefilling[0]
-            want = sequence.prompt_tokens + sequence.generated - sequence.cached - sequence.done_prefill
-            spent = min(want, tokens)
-            sequence.done_prefill += spent
-            tokens -= spent
-            if spent < want:
-                return
-            self._prefilling.popleft()
-            self._begin_decode(sequence, now, out)
+    def _spend_prefill(self, steps: int, now: float, out: list[tuple[str, SimSequence, float]]) -> None:
+        for sequence, tokens in self._run_shares.items():
+            if sequence.state != "prefill":
+                continue  # aborted meanwhile
+            sequence.done_prefill += tokens * steps
+            if sequence.uncomputed == 0:
+                self._prefilling.remove(sequence)
+                self._begin_decode(sequence, now, out)
 
     def _begin_decode(self, sequence: SimSequence, now: float, out: list[tuple[str, SimSequence, float]]) -> None:
         sequence.generated += 1
@@ -352,7 +357,8 @@ class SimEngine:
     def _blocks_used(self) -> int:
         # Half a block of each running sequence is empty on average.
         running = self._decoding + len(self._prefilling)
-        return len(self.cache) - self.cache.idle + ceil(self._private / self.constants.block_size + 0.5 * running)
+        cache = self.cache
+        return len(cache.refs) - len(cache.idle) + ceil(self._private / self.constants.block_size + 0.5 * running)
 
     def _admit(self) -> None:
         constants = self.constants
@@ -378,7 +384,7 @@ class SimEngine:
             self._make_space()
 
     def _make_space(self) -> None:
-        excess = self._blocks_used() + self.cache.idle - self.constants.n_blocks
+        excess = self._blocks_used() + len(self.cache.idle) - self.constants.n_blocks
         if excess > 0:
             self.cache.evict(excess)
 
@@ -406,15 +412,10 @@ class SimEngine:
         if not self._prefilling and not self._decoding:
             self.next_at = float("inf")
             return
-        steps, chunk = 1 << 30, 0
-        if self._prefilling:
-            head = self._prefilling[0]
-            left = head.prompt_tokens + head.generated - head.cached - head.done_prefill
-            budget = max(constants.step_tokens - self._decoding, 1)
-            if left >= budget:
-                chunk, steps = budget, left // budget
-            else:
-                chunk, steps = self._packed(budget), 1
+        steps = 1 << 30
+        self._run_shares = shares = self._shares() if self._prefilling else {}
+        for sequence, tokens in shares.items():
+            steps = min(steps, sequence.uncomputed // tokens)
         if self._decoding:
             finish = self._finish
             while finish[0][2].state != "decode" or finish[0][2].finish_step != finish[0][0]:
@@ -422,23 +423,34 @@ class SimEngine:
             steps = min(steps, finish[0][0] - self._step)
             free = (constants.n_blocks - self._blocks_used()) * constants.block_size
             steps = max(1, min(steps, free // self._decoding)) if free > 0 else 1
-        self._run_chunk = chunk
         self._run_a = (
             constants.step_s
-            + constants.per_sequence_s * self._decoding
+            + constants.per_sequence_s * (self._decoding + len(shares))
             + constants.per_token_s * self._context
-            + chunk / constants.prefill_tps
+            + sum(shares.values()) / constants.prefill_tps
         )
         self._run_c = constants.per_token_s * self._decoding
         self._run_start = now
         self._run_steps = steps
         self.next_at = now + self._run_time(steps)
 
-    def _packed(self, budget: int) -> int:
-        """Prefill tokens of one step when the first sequence needs less than the budget: the next ones fill it."""
-        total = 0
-        for sequence in self._prefilling:
-            total += sequence.prompt_tokens + sequence.generated - sequence.cached - sequence.done_prefill
-            if total >= budget:
-                return budget
-        return total
+    def _shares(self) -> dict[SimSequence, int]:
+        """Prefill tokens of the next step, by sequence. While nobody ends, joins or leaves, the steps after it have the same."""
+        constants = self.constants
+        room = max(constants.step_tokens - self._decoding, 1)
+        queue: Iterable[SimSequence] = self._prefilling
+        shares: dict[SimSequence, int] = {}
+        if constants.oldest_share < 1.0 and len(self._prefilling) > 1:
+            queue = sorted(self._prefilling, key=lambda s: (s.uncomputed, s.serial))
+            oldest = self._prefilling[0]
+            if queue[0] is not oldest:
+                shares[oldest] = min(max(int(room * constants.oldest_share), 1), oldest.uncomputed)
+                room -= shares[oldest]
+        for sequence in queue:
+            if room == 0:
+                break
+            had = shares.get(sequence, 0)
+            more = min(sequence.uncomputed - had, room)
+            shares[sequence] = had + more
+            room -= more
+        return shares

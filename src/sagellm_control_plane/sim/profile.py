@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
+from math import ceil
 
 from sagellm_control_plane.sim.engine_model import EngineConstants
 from sagellm_protocol.engine import EngineDescription, EngineRequest
@@ -20,6 +21,8 @@ __all__ = ["fit_line", "profile_engine"]
 
 _DECODE_TOKENS = 24
 _SHORT = 16
+#: What the scheduler of our engines gives the oldest of several prompts.
+_OLDEST_SHARE = 0.25
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -74,16 +77,17 @@ async def profile_engine(client: EngineClient, *, seed: int = 1, repeats: int = 
     known = await client.describe()
     probe = _Probe(client, known, seed)
     await probe.run(_SHORT, 4)
-    room = max(known.context_length - _DECODE_TOKENS - 1, 4 * _SHORT)
-    lengths = [length for length in (64, 256, 768, 1536) if length <= room]
-    firsts = [
-        (float(length), statistics.median([(await probe.run(length, 1))[0] for _ in range(repeats)]))
-        for length in lengths
-    ]
-    _fixed, per_prompt_token = fit_line(firsts)
     sizes = [n for n in (1, 2, 4, 8) if n <= known.max_sequences]
     steps = [(float(n), await probe.step(n, _SHORT)) for n in sizes]
     fixed, per_sequence = fit_line(steps)
+    room = max(known.context_length - _DECODE_TOKENS - 1, 4 * _SHORT)
+    lengths = [length for length in (64, 256, 768, 1536) if length <= room]
+    firsts = []
+    for length in lengths:
+        seconds = statistics.median([(await probe.run(length, 1))[0] for _ in range(repeats)])
+        # Each chunk of the prompt pays the fixed part of a step, which is not the tokens' own.
+        firsts.append((float(length), seconds - ceil(length / known.max_batch_tokens) * steps[0][1]))
+    _overhead, per_prompt_token = fit_line(firsts)
     long_step = await probe.step(1, lengths[-1])
     per_token = max(long_step - steps[0][1], 0.0) / (lengths[-1] - _SHORT)
     return EngineConstants(
@@ -92,6 +96,7 @@ async def profile_engine(client: EngineClient, *, seed: int = 1, repeats: int = 
         per_sequence_s=max(per_sequence, 0.0),
         per_token_s=per_token,
         step_tokens=known.max_batch_tokens,
+        oldest_share=_OLDEST_SHARE,
         max_sequences=known.max_sequences,
         block_size=known.block_size,
         n_blocks=known.n_blocks,

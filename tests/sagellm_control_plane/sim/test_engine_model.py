@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,19 +38,27 @@ def step_by_step(work: list[tuple[float, int, int]], constants: EngineConstants)
             now = work[waiting[0]][0]
             continue
         budget = max(constants.step_tokens - len(decode), 1)
-        spent, finished = 0, []
-        for entry in prefill:
+        spent, finished, order, computed = 0, [], list(prefill), set()
+        if constants.oldest_share < 1.0 and len(prefill) > 1:
+            order.sort(key=lambda entry: entry[1])
+            if order[0] is not prefill[0]:
+                spent = min(max(int(budget * constants.oldest_share), 1), prefill[0][1])
+                prefill[0][1] -= spent
+                computed.add(prefill[0][0])
+                if prefill[0][1] == 0:
+                    finished.append(prefill[0][0])
+        for entry in order:
             take = min(entry[1], budget - spent)
             entry[1] -= take
             spent += take
+            if take:
+                computed.add(entry[0])
             if entry[1] == 0 and take:
                 finished.append(entry[0])
-            if spent == budget:
-                break
         context = sum(work[i][1] + done for i, done in decode.items())
         now += (
             constants.step_s
-            + constants.per_sequence_s * len(decode)
+            + constants.per_sequence_s * (len(decode) + len(computed))
             + constants.per_token_s * context
             + spent / constants.prefill_tps
         )
@@ -95,12 +104,16 @@ def run_model(work: list[tuple[float, int, int]], constants: EngineConstants) ->
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 300), st.integers(1, 60)), min_size=1, max_size=12))
-def test_runs_of_steps_equal_single_steps(rows):
-    """Jumping over runs of equal steps gives the same times as taking every step."""
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 300), st.integers(1, 60)), min_size=1, max_size=12),
+    st.sampled_from([1.0, 0.25]),
+)
+def test_runs_of_steps_equal_single_steps(rows, oldest_share):
+    """Jumping over runs of equal steps gives the same times as taking every step, in both orders of prefill."""
+    constants = msgspec.structs.replace(CONSTANTS, oldest_share=oldest_share)
     # Distinct arrivals off the step grid: simultaneous ones may join one step apart.
     work = [(at * 0.0371 + i * 1e-6, prompt, output) for i, (at, prompt, output) in enumerate(rows)]
-    expected, got = step_by_step(work, CONSTANTS), run_model(work, CONSTANTS)
+    expected, got = step_by_step(work, constants), run_model(work, constants)
     assert got.keys() == expected.keys()
     for i, times in expected.items():
         assert got[i] == pytest.approx(times, rel=1e-9, abs=1e-9)

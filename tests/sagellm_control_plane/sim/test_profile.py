@@ -6,8 +6,11 @@ import asyncio
 
 import pytest
 
+from sagellm_backend.mock import Latency
 from sagellm_control_plane.sim.profile import fit_line, profile_engine
 from sagellm_control_plane.testing import ScriptedEngine
+from sagellm_core.local import LocalEngine
+from sagellm_core.testing import mock_engine
 from sagellm_protocol.engine import TokenDelta
 
 
@@ -36,3 +39,17 @@ async def test_constants_come_out_as_the_engine_is():
     assert constants.step_s == pytest.approx(0.02, rel=0.5)
     assert constants.per_sequence_s < 0.01
     assert (constants.max_sequences, constants.block_size) == (64, 16)
+
+
+@pytest.mark.slow
+async def test_the_rate_of_prefill_is_without_the_fixed_part_of_its_steps():
+    """A prompt of many chunks pays for each step once: 40 us a token come out beside 20 ms a step of 256 tokens."""
+    engine = LocalEngine(mock_engine(n_ctx=4096, latency=Latency(base=0.02, prefill_row=40e-6)))
+    try:
+        constants = await profile_engine(engine)
+    finally:
+        await engine.close()
+    assert constants.step_tokens == 256
+    assert constants.step_s == pytest.approx(0.02, rel=0.3)
+    # With the steps counted in, 118 us a token would be found.
+    assert 1.0 / constants.prefill_tps == pytest.approx(40e-6, rel=0.5)
