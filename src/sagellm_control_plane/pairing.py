@@ -45,18 +45,16 @@ def choose(
 ) -> Decision:
     """Return the engine that decodes, with the one that prefills in `Decision.prefill`, or None there if it is the same.
 
-    `route` is the routing strategy in force; it decides where a request goes unsplit. When no engine for decode has room, any candidate
-    takes it.
+    `route` is the routing strategy in force; it decides where a request goes unsplit: to any engine that was not set apart for prefill,
+    and to those as well when no other has room.
     """
     prefill_ids, decode_ids = roles(view.ready[request.model], pd)
+    whole = route([engine for engine in candidates if engine.profile.role != "prefill"] or candidates)
     decoders = [engine for engine in candidates if engine.engine_id in decode_ids]
-    if not decoders:
-        return route(candidates)
-    whole = route(decoders)
     tokens = request.prompt_tokens + request.emitted
     uncached = tokens - whole.hit_tokens
     prefillers = [engine for engine in candidates if engine.engine_id in prefill_ids]
-    if uncached < pd.min_prompt_tokens or not prefillers or request.journal != "tokens":
+    if uncached < pd.min_prompt_tokens or not prefillers or not decoders or request.journal != "tokens":
         return whole
     hits = [view.hit_tokens(engine, request) for engine in prefillers]
     costs = [_prefill_cost(e, tokens - hit, now) for e, hit in zip(prefillers, hits, strict=True)]
@@ -68,7 +66,9 @@ def choose(
     transfer = tokens * pd.kv_bytes_per_token / pd.transfer_bytes_per_s
     split = costs[best] + transfer + _decode_cost(decoder, tokens, expected_output)
     alone = _prefill_cost(whole.engine, uncached, now) + _decode_cost(whole.engine, tokens, expected_output)
-    if split >= alone:
+    wait = first.predicted_ttft(tokens - hits[best], now)
+    late = wait > view.slo.ttft_s and wait > whole.engine.predicted_ttft(uncached, now)
+    if split >= alone or late:
         return whole
     reason = f"split: {split * 1000:.0f} ms against {alone * 1000:.0f} ms on {whole.engine.engine_id} alone"
     return Decision(decoder, hits[best], split, reason, first)

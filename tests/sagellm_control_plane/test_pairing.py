@@ -114,6 +114,21 @@ def test_engines_for_prefill_do_not_decode():
     assert names(cluster.choose(100, only="p")) == ("", "p")
 
 
+def test_engines_that_only_happen_to_take_prefill_take_whole_requests_too():
+    """Where nobody has a role, a request that goes unsplit may go to any engine: none idles because it is the first by name."""
+    cluster = Cluster({"e0": "any", "e1": "any"})
+    cluster.load("e1", decoding=5, prefill_tokens=3000)
+    assert names(cluster.choose(100)) == ("", "e0")
+
+
+def test_a_queue_for_prefill_goes_unsplit():
+    """A pair whose first token would miss the objective is not taken when another engine has it sooner."""
+    cluster = Cluster({"p": "prefill", "d": "decode"})
+    cluster.load("d", decoding=60)
+    cluster.load("p", prefill_tokens=7000)
+    assert names(cluster.choose()) == ("", "d")
+
+
 def test_stream_that_cannot_be_told_by_tokens_is_not_split():
     """A stream that is continued by text goes whole."""
     cluster = Cluster({"p": "prefill", "d": "decode"})
@@ -156,5 +171,5 @@ def test_a_pair_is_two_engines_in_their_roles(roles, loads, prompt):
         assert decision.prefill is not decision.engine
         assert decision.prefill.engine_id in prefill
         assert decision.engine.engine_id in decode
-    elif decode:
-        assert decision.engine.engine_id in decode
+    elif set(roles.values()) != {"prefill"}:
+        assert roles[decision.engine.engine_id] != "prefill"
