@@ -14,7 +14,7 @@ from sagellm_control_plane.sim.engine_model import EngineConstants
 from sagellm_control_plane.sim.faults import parse_faults
 from sagellm_control_plane.sim.plot import goodput_svg
 from sagellm_control_plane.sim.report import compare, table
-from sagellm_control_plane.sim.traces import poisson, read_trace
+from sagellm_control_plane.sim.traces import SimRequest, poisson, read_trace
 from sagellm_protocol.errors import InvalidArgumentError, SageError
 
 __all__ = ["main"]
@@ -50,44 +50,67 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     try:
         return _run(options)
-    except (SageError, OSError) as error:
+    except OSError as error:
+        sys.stderr.write(f"sage-llm simulate: {error.filename}: {error.strerror}\n")
+    except SageError as error:
         sys.stderr.write(f"sage-llm simulate: {error}\n")
-        return 1
+    return 1
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what would only fail, or mean nothing, after the simulation."""
+    for name in ("rate", "requests", "prompt_tokens", "output_tokens", "engines", "ttft", "tpot"):
+        value = getattr(options, name)
+        if not 0 < value < float("inf"):
+            raise InvalidArgumentError(f"{name} is {value:g}: it must be a number above 0", param=name)
+    for path in (options.json, options.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InvalidArgumentError(f"{path} cannot be written: there is no folder {path.parent}", param="output")
+
+
+def _speeds(text: str) -> list[float]:
+    try:
+        speeds = [float(part) for part in text.split(",")]
+    except ValueError:
+        speeds = []
+    if not speeds or not all(0.0 < speed < float("inf") for speed in speeds):
+        raise InvalidArgumentError(f"speedup is {text!r}: write numbers above 0, e.g. 1,2,3", param="speedup")
+    return speeds
+
+
+def _constants(path: Path | None) -> EngineConstants:
+    if path is None:
+        return EngineConstants()
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=EngineConstants)
+    except msgspec.DecodeError as error:
+        raise InvalidArgumentError(f"{path}: {error}", param="constants") from None
+
+
+def _requests(options: argparse.Namespace) -> list[SimRequest]:
+    if options.trace is not None:
+        return read_trace(options.trace)
+    return poisson(
+        options.rate,
+        options.requests,
+        prompt_tokens=options.prompt_tokens,
+        output_tokens=options.output_tokens,
+        seed=options.seed,
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
-    constants = EngineConstants()
-    if options.constants is not None:
-        try:
-            constants = msgspec.json.decode(options.constants.read_bytes(), type=EngineConstants)
-        except msgspec.DecodeError as error:
-            raise InvalidArgumentError(f"{options.constants}: {error}", param="constants") from None
-    if options.trace is not None:
-        requests = read_trace(options.trace)
-    else:
-        requests = poisson(
-            options.rate,
-            options.requests,
-            prompt_tokens=options.prompt_tokens,
-            output_tokens=options.output_tokens,
-            seed=options.seed,
-        )
-    try:
-        speeds = [float(part) for part in options.speedup.split(",")]
-    except ValueError:
-        raise InvalidArgumentError(
-            f"speedup is {options.speedup!r}: write numbers, e.g. 1,2,3", param="speedup"
-        ) from None
+    _check(options)
     rows = []
     for row in compare(
-        requests,
-        options.policy.split(","),
-        speeds,
+        _requests(options),
+        [name.strip() for name in options.policy.split(",")],
+        _speeds(options.speedup),
         engines=options.engines,
         slo=SLO(ttft_s=options.ttft, tpot_s=options.tpot),
-        constants=constants,
+        constants=_constants(options.constants),
         seed=options.seed,
-        faults=parse_faults(options.faults),
+        faults=parse_faults(options.faults, options.engines),
     ):
         rows.append(row)
         sys.stderr.write(

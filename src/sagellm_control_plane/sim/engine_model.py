@@ -21,8 +21,11 @@ import msgspec
 __all__ = ["EngineConstants", "SimEngine", "SimSequence"]
 
 
-class EngineConstants(msgspec.Struct, frozen=True, kw_only=True):
+class EngineConstants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the engine model is made of.
+
+    Raises:
+        ValueError: a number that no engine has; the message names it.
 
     Attributes:
         prefill_tps: prompt tokens computed a second.
@@ -50,6 +53,14 @@ class EngineConstants(msgspec.Struct, frozen=True, kw_only=True):
     n_blocks: int = 4096
     prefix_cache: bool = True
     load_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_tps", "step_tokens", "max_sequences", "block_size", "n_blocks", "oldest_share"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name):g}: it must be above 0")
+        for name in ("step_s", "per_sequence_s", "per_token_s", "load_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name):g}: it must not be below 0")
 
 
 class SimSequence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Protocol
 
 import msgspec
@@ -58,7 +59,7 @@ def _stall(fault: Fault, cluster: _Cluster) -> None:
 
 
 def _slow(fault: Fault, cluster: _Cluster) -> None:
-    cluster.engines[fault.engine].slow = max(fault.value, 1e-3)
+    cluster.engines[fault.engine].slow = fault.value
 
 
 def _lossy(fault: Fault, cluster: _Cluster) -> None:
@@ -74,12 +75,17 @@ _APPLY: dict[str, Callable[[Fault, _Cluster], None]] = {
 }  # fmt: skip
 
 
-def parse_faults(text: str) -> list[Fault]:
-    """Read faults such as ``crash:e0@60=10,slow:e1@30=3,lossy@0=0.01``.
+#: What a value may be; see `Fault.kind`.
+_RANGES = {"crash": (0.0, 1e9), "stall": (1e-3, 1e9), "slow": (1e-3, 1e6), "lossy": (0.0, 1.0), "late": (0.0, 1e9)}
+
+
+def parse_faults(text: str, engines: int) -> list[Fault]:
+    """Read faults such as ``crash:e0@60=10,slow:e1@30=3,lossy@0=0.01`` of a cluster of so many engines.
 
     Raises:
-        InvalidArgumentError: the text is not of that form; the message has the part at fault.
+        InvalidArgumentError: the text is not of that form, or a number means nothing; the message has the part at fault.
     """
+    known = {f"e{i}" for i in range(engines)}
     faults = []
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         head, _, tail = part.partition("@")
@@ -93,6 +99,16 @@ def parse_faults(text: str) -> list[Fault]:
         if kind not in _APPLY or numbers is None or wants_engine != bool(engine):
             raise InvalidArgumentError(
                 f"fault {part!r} is not understood: write kind[:engine]@seconds[=value], kinds are {', '.join(_APPLY)}",
+                param="faults",
+            )
+        if engine and engine not in known:
+            raise InvalidArgumentError(
+                f"fault {part!r}: there is no {engine!r}, engines are e0 to e{engines - 1}", param="faults"
+            )
+        low, high = _RANGES[kind]
+        if not 0.0 <= numbers[0] < inf or not low <= numbers[1] <= high:
+            raise InvalidArgumentError(
+                f"fault {part!r}: seconds are from 0 on, and the value of {kind!r} is from {low:g} to {high:g}",
                 param="faults",
             )
         faults.append(Fault(kind=kind, at=numbers[0], engine=engine, value=numbers[1]))

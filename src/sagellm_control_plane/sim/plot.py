@@ -26,7 +26,10 @@ def goodput_svg(rows: Sequence[Row]) -> str:
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_LEFT + _WIDTH + 190} {_TOP + _HEIGHT + 50}" '
-        'font-family="sans-serif" font-size="12">'
+        'font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="14" y="{_TOP + _HEIGHT / 2:.0f}" text-anchor="middle" '
+        f'transform="rotate(-90 14 {_TOP + _HEIGHT / 2:.0f})">goodput (share of all arrivals)</text>',
     ]
     parts.extend(
         f'<line x1="{_LEFT}" y1="{y(tenth / 10):.1f}" x2="{_LEFT + _WIDTH}" y2="{y(tenth / 10):.1f}" stroke="#ddd"/>'
@@ -45,6 +48,9 @@ def goodput_svg(rows: Sequence[Row]) -> str:
         points = sorted((row.speed_up, row.goodput) for row in rows if row.policy == policy)
         path = " ".join(f"{x(speed):.1f},{y(goodput):.1f}" for speed, goodput in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.extend(
+            f'<circle cx="{x(speed):.1f}" cy="{y(goodput):.1f}" r="3" fill="{colour}"/>' for speed, goodput in points
+        )
         at = _TOP + 14 + 18 * number
         parts.append(
             f'<rect x="{_LEFT + _WIDTH + 16}" y="{at - 9}" width="12" height="4" fill="{colour}"/>'

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -41,11 +42,14 @@ class SimRequest(msgspec.Struct, gc=False):
     model: str = "sim"
 
 
+_Length = Annotated[int, msgspec.Meta(ge=0)]
+
+
 class _MooncakeLine(msgspec.Struct):
-    timestamp: float
-    input_length: int
-    output_length: int
-    hash_ids: list[int]
+    timestamp: Annotated[float, msgspec.Meta(ge=0.0)]
+    input_length: _Length
+    output_length: _Length
+    hash_ids: list[Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]]
 
 
 def read_mooncake(lines: Iterable[bytes | str]) -> Iterator[SimRequest]:
@@ -73,6 +77,13 @@ def read_mooncake(lines: Iterable[bytes | str]) -> Iterator[SimRequest]:
         )
 
 
+def _length(text: str) -> int:
+    tokens = int(text)
+    if tokens < 0:
+        raise ValueError(f"a length of {tokens} tokens")
+    return tokens
+
+
 def read_azure(lines: Iterable[str]) -> Iterator[SimRequest]:
     """Yield the requests of an Azure LLM inference trace (CSV: TIMESTAMP, ContextTokens, GeneratedTokens).
 
@@ -84,7 +95,7 @@ def read_azure(lines: Iterable[str]) -> Iterator[SimRequest]:
         try:
             # Seven digits of a second: Python reads six.
             when = datetime.fromisoformat(row["TIMESTAMP"].strip()[:26].removesuffix("Z").replace("T", " "))
-            prompt, output = int(row["ContextTokens"]), int(row["GeneratedTokens"])
+            prompt, output = _length(row["ContextTokens"]), _length(row["GeneratedTokens"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InvalidArgumentError(f"line {number} is not of the Azure format: {error}", param="trace") from None
         start = start or when
@@ -95,7 +106,8 @@ def read_trace(path: Path) -> list[SimRequest]:
     """Read a trace; ``.jsonl`` is Mooncake's format, ``.csv`` Azure's. Sorted by arrival.
 
     Raises:
-        InvalidArgumentError: another suffix, or a line of another format.
+        InvalidArgumentError: another suffix, no text, or a line of another format.
+        OSError: the file cannot be read.
     """
     suffix = path.suffix.lower()
     if suffix not in (".jsonl", ".csv"):
@@ -103,7 +115,10 @@ def read_trace(path: Path) -> list[SimRequest]:
             f"trace {path.name!r} has the suffix {suffix!r}: .jsonl (Mooncake) and .csv (Azure) are read", param="trace"
         )
     with path.open(encoding="utf-8", newline="") as lines:
-        requests = list(read_mooncake(lines) if suffix == ".jsonl" else read_azure(lines))
+        try:
+            requests = list(read_mooncake(lines) if suffix == ".jsonl" else read_azure(lines))
+        except UnicodeDecodeError as error:
+            raise InvalidArgumentError(f"trace {path.name!r} is not text: {error}", param="trace") from None
     if not requests:
         raise InvalidArgumentError(f"trace {path.name!r} has no requests", param="trace")
     return sorted(requests, key=lambda request: request.at)

@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 
+import msgspec
 import pytest
 
 from sagellm.compose import StoreCatalog, engine_argv, engine_config
@@ -14,17 +15,21 @@ from sagellm_control_plane.types import PDSeparationConfig
 from sagellm_protocol import GenerationRequest, SamplingParams
 
 PD = PDSeparationConfig(min_prompt_tokens=64, kv_bytes_per_token=4, transfer_bytes_per_s=1e9)
+ROLES = {"a": "prefill", "b": "decode"}
 LONG = "".join(chr(97 + (k * 7) % 26) for k in range(600))
 
 
 @contextlib.asynccontextmanager
 async def control_plane(tmp_path, **options):
-    """Two mock engines; without roles the first by id, ``a``, takes prefill."""
+    """Two mock engines: ``a`` is set apart for prefill, ``b`` for decode."""
     driver = ProcessDriver(engine_argv, ProcessOptions(run_dir=tmp_path / "run", log_dir=tmp_path / "logs"))
     catalog = StoreCatalog([engine_config("mock", {"mock": {"scale": 0.3}})])
     manager = ControlPlaneManager(driver=driver, catalog=catalog, seed=1, **options)
     await manager.start()
-    await asyncio.gather(*(manager.request_engine_startup("mock", engine_id) for engine_id in ("a", "b")))
+    await asyncio.gather(*(manager.request_engine_startup("mock", engine_id) for engine_id in ROLES))
+    for engine_id, role in ROLES.items():
+        engine = manager._dispatcher.state.view.engines[engine_id]
+        engine.profile = msgspec.structs.replace(engine.profile, role=role)
     yield manager
     await manager.stop()
 

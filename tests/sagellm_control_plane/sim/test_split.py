@@ -21,7 +21,7 @@ CONSTANTS = EngineConstants(step_tokens=2048)
 def run(pd: PDSeparationConfig | None, *, rate: float, prompt: int, output: int, faults: str = "") -> SimResult:
     config = CoreConfig(slo=OBJECTIVE, admission=AdmissionConfig(max_waiting=10**9), pd=pd)
     requests = poisson(rate, 1000, prompt_tokens=prompt, output_tokens=output, seed=5)
-    return simulate(requests, config, engines=4, constants=CONSTANTS, faults=parse_faults(faults))
+    return simulate(requests, config, engines=4, constants=CONSTANTS, faults=parse_faults(faults, 4))
 
 
 def goodput(result: SimResult) -> float:
