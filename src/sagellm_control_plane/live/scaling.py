@@ -11,13 +11,15 @@ from sagellm_control_plane.live.dispatcher import Dispatcher
 from sagellm_control_plane.live.engines import Engines
 from sagellm_control_plane.live.registry import Engine
 from sagellm_control_plane.types import AutoscalerConfig, EngineState
-from sagellm_protocol.errors import SageError
+from sagellm_protocol.errors import SageError, UnavailableError
 
 __all__ = ["Scaling"]
 
 _log = logging.getLogger(__name__)
 
 _DEFAULT_SLOTS = 16
+#: Seconds that the first engine of a model waits for the memory of busy ones.
+_ROOM_S = 20.0
 
 
 class Scaling:
@@ -69,16 +71,27 @@ class Scaling:
         await asyncio.shield(task)
 
     async def _make_room_and_start(self, model: str) -> None:
-        """The first engine of a model: others may have to leave for it."""
-        loads = self.loads()
-        loads[model] = ModelLoad(
-            waiting=1, running=0, slots=self._slots_of(model), ready=(), starting=0, arrivals=0, completions=0,
-            memory_bytes=self._memory.get(model, 0),
-        )  # fmt: skip
-        actions = self.autoscaler.within_memory([StartEngine(model, "a request asks for it")], loads)
-        for action in actions:
-            if not isinstance(action, StartEngine):
-                await self._stop_engine(action.engine_id)
+        """The first engine of a model: others may have to leave for it, and it waits for those that are busy."""
+        patience = time.monotonic() + _ROOM_S
+        while True:
+            loads = self.loads()
+            loads[model] = ModelLoad(
+                waiting=1, running=0, slots=self._slots_of(model), ready=(), starting=0, arrivals=0, completions=0,
+                memory_bytes=self._memory_of_next(model),
+            )  # fmt: skip
+            actions = self.autoscaler.within_memory([StartEngine(model, "a request asks for it")], loads)
+            for action in actions:
+                if not isinstance(action, StartEngine):
+                    await self._stop_engine(action.engine_id)
+            if any(isinstance(action, StartEngine) for action in actions):
+                break
+            if time.monotonic() > patience:
+                raise UnavailableError(
+                    f"no engine of model {model!r} fits beside those that are busy: about {loads[model].memory_bytes >> 20} MiB are "
+                    f"needed, the limit for all is {self.autoscaler.config.memory_limit_bytes >> 20} MiB; try again, or raise it",
+                    retry_after_s=5.0,
+                )
+            await asyncio.sleep(self._interval_s)
         await self._start_engine(model)
 
     async def _run(self) -> None:
@@ -107,13 +120,10 @@ class Scaling:
         self._starting[model] = self._starting.get(model, 0) + 1
         began = time.monotonic()
         try:
-            info = await self._engines.start_managed(model, None, {})
+            await self._engines.start_managed(model, None, {})
         finally:
             self._starting[model] -= 1
         self.autoscaler.note_start(model, time.monotonic() - began)
-        engine = self._dispatcher.registry.find(info.engine_id)
-        if engine is not None:
-            self._memory[model] = _memory_of(engine)
 
     async def _stop_engine(self, engine_id: str) -> None:
         await self._engines.stop_gracefully(engine_id, 30.0)
@@ -135,13 +145,16 @@ class Scaling:
             if engine.info.state is not EngineState.READY or view is None:
                 continue
             self._slots[model] = view.profile.slots or _DEFAULT_SLOTS
+            self._memory[model] = _reported_memory(engine) or max(
+                _described_memory(engine), self._memory_of_next(model)
+            )
             ready.append(
                 EngineLoad(
                     engine_id=engine.info.engine_id,
                     running=view.running,
                     cache_blocks=state.view.prefix.size(engine.info.engine_id),
                     last_used_at=view.busy_since,
-                    memory_bytes=_memory_of(engine),
+                    memory_bytes=self._memory[model],
                 )
             )
         starting = sum(e.info.state is EngineState.STARTING for e in managed)
@@ -154,8 +167,12 @@ class Scaling:
             starting=starting,
             arrivals=arrived,
             completions=ended,
-            memory_bytes=self._memory.get(model, 0),
+            memory_bytes=self._memory_of_next(model),
         )
+
+    def _memory_of_next(self, model: str) -> int:
+        """Bytes that another engine of the model will take; one that never ran is taken to be as large as the largest that did."""
+        return self._memory.get(model, max(self._memory.values(), default=0))
 
     def _slots_of(self, model: str) -> int:
         return self._slots.get(model, _DEFAULT_SLOTS)
@@ -181,9 +198,12 @@ class Scaling:
         }
 
 
-def _memory_of(engine: Engine) -> int:
-    """Resident bytes as last reported; what the engine said about weights and KV before it has reported."""
-    if engine.status is not None and engine.status.rss_bytes:
-        return engine.status.rss_bytes
+def _reported_memory(engine: Engine) -> int:
+    """Resident bytes as last reported, 0 before the first report."""
+    return engine.status.rss_bytes if engine.status is not None else 0
+
+
+def _described_memory(engine: Engine) -> int:
+    """What the engine said about weights and KV: less than it takes."""
     known = engine.description
     return known.weight_bytes + known.block_bytes * known.n_blocks if known is not None else 0

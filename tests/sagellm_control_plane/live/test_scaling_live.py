@@ -85,6 +85,36 @@ async def test_engines_follow_demand_from_zero_and_back(tmp_path):
         await manager.stop()
 
 
+async def test_models_take_turns_in_the_memory_that_there_is(tmp_path):
+    """With room for one engine, the idle model leaves when another is asked for, and a busy one is waited for, not stopped."""
+    driver = ProcessDriver(argv, ProcessOptions(run_dir=tmp_path / "r", log_dir=tmp_path / "l"))
+    # A mock engine takes about 50 MiB: there is room for one and not for two.
+    limits = AutoscalerConfig(min_engines=0, max_engines=1, interval_s=0.1, idle_s=600.0, memory_limit_bytes=80 << 20)
+    manager = ControlPlaneManager(
+        driver=driver, catalog=Catalog(), enable_auto_scaling=True, autoscaler_config=limits, seed=1
+    )
+    await manager.start()
+    try:
+        assert await tokens_of(manager, "a", "one") == 20
+        (engine,) = manager._dispatcher.registry.all()
+        while engine.status is None or not engine.status.rss_bytes:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert 40 << 20 < engine.status.rss_bytes < 80 << 20
+        assert await tokens_of(manager, "b", "two") == 20
+        assert [e.model_id for e in manager.list_engines()] == ["two"]
+        long = asyncio.create_task(tokens_of(manager, "c", "two", 150))
+        while not manager.get_metrics().active_requests:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        back = asyncio.create_task(tokens_of(manager, "d", "one"))
+        await asyncio.wait((long, back), return_when=asyncio.FIRST_COMPLETED)
+        assert long.done()
+        assert long.result() == 150
+        assert await back == 20
+        assert [e.model_id for e in manager.list_engines()] == ["one"]
+    finally:
+        await manager.stop()
+
+
 def test_autoscaling_without_a_driver_is_refused():
     """An autoscaler that cannot act is an error, not a decoration."""
     with pytest.raises(InvalidArgumentError, match="enable_auto_scaling"):
