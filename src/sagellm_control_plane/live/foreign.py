@@ -10,13 +10,17 @@ import msgspec
 
 from sagellm_control_plane.live.foreign_text import ForeignChatModel
 from sagellm_control_plane.live.foreign_wire import Flavour, StreamReader, error_of_status, parse_load, request_body
-from sagellm_control_plane.live.http1 import Http1Client, HttpBrokenError, HttpRefusedError, Reply
+from sagellm_control_plane.live.http1 import Exchange, Http1Client, HttpBrokenError, HttpRefusedError, Receiver
+from sagellm_control_plane.live.runs import DeltaSink, Run, pulled
 from sagellm_protocol.embedding import EmbedRequest, EmbedResult
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
-from sagellm_protocol.errors import EngineDiedError, InvalidArgumentError, UnavailableError, UnsupportedError
+from sagellm_protocol.errors import EngineDiedError, InvalidArgumentError, SageError, UnavailableError, UnsupportedError
 from sagellm_protocol.ports import ChatModel, EngineClient
 
 __all__ = ["ForeignEngineClient", "foreign_engine"]
+
+_REFUSAL_BYTES = 65536
+_encode = msgspec.json.Encoder().encode
 
 _KNOWN_METADATA = {
     "protocol", "flavour", "scheme", "path", "api_key", "served_model", "slots", "zone", "cost", "role", "device", "context_length",
@@ -75,9 +79,9 @@ class ForeignEngineClient:
     async def _get(self, path: str) -> tuple[int, bytes]:
         try:
             reply = await self._http.request("GET", path)
-            return reply.status, await reply.read()
         except (HttpRefusedError, HttpBrokenError) as error:
             raise UnavailableError(f"engine {self._engine_id} cannot be reached: {error}") from error
+        return reply.status, reply.content
 
     async def describe(self) -> EngineDescription:
         """Ask which models it serves; ours must be among them.
@@ -139,33 +143,32 @@ class ForeignEngineClient:
             generation_tokens=int(load.get("generated", self._received)),
         )
 
-    async def stream(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
-        """Run one sequence; closing the generator closes the connection, at which such servers abort."""
+    def push(self, request: EngineRequest, sink: DeltaSink) -> Run:
+        """Run one sequence (see `live.runs.PushingClient`); cancelling closes the connection, at which such servers abort."""
+        return _Answer(self, request, sink)
+
+    def stream(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+        """Run one sequence; closing the generator aborts it."""
+        return pulled(self.push, request)
+
+    def begin(self, request: EngineRequest, receiver: Receiver) -> Exchange:
+        """Send a request.
+
+        Raises:
+            UnsupportedError: something that this server cannot do, by name.
+        """
         path, body = request_body(request, self._model, self._flavour)
-        reader = StreamReader(request.request_id, chat=path == "/chat/completions")
+        exchange = self._http.start("POST", self._prefix + path, _encode(body), receiver)
         self._running += 1
-        reply: Reply | None = None
-        try:
-            reply = await self._http.request("POST", self._prefix + path, msgspec.json.encode(body))
-            if reply.status != 200:
-                raise error_of_status(reply.status, await reply.read(), reply.headers)
-            async for lines in reply.lines():
-                for delta in reader.take(lines):
-                    self._received += 1
-                    yield delta
-            last = reader.end()
-            if last is not None:
-                yield last
-            elif not reader.done:
-                raise EngineDiedError(f"engine {self._engine_id} ended the stream before it was finished")
-        except HttpRefusedError as error:
-            raise UnavailableError(f"engine {self._engine_id} refuses connections") from error
-        except HttpBrokenError as error:
-            raise EngineDiedError(f"engine {self._engine_id} broke the stream: {error}") from error
-        finally:
-            self._running -= 1
-            if reply is not None:
-                reply.close()
+        return exchange
+
+    def note_received(self, events: int) -> None:
+        """Events of an answer arrived: a sign of progress."""
+        self._received += events
+
+    def note_end(self) -> None:
+        """An answer ended."""
+        self._running -= 1
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
         """Embed texts."""
@@ -177,14 +180,13 @@ class ForeignEngineClient:
         if request.dimensions is not None:
             body["dimensions"] = request.dimensions
         try:
-            reply = await self._http.request("POST", f"{self._prefix}/embeddings", msgspec.json.encode(body))
-            content = await reply.read()
+            reply = await self._http.request("POST", f"{self._prefix}/embeddings", _encode(body))
         except (HttpRefusedError, HttpBrokenError) as error:
             raise EngineDiedError(f"engine {self._engine_id} broke the request: {error}") from error
         if reply.status != 200:
-            raise error_of_status(reply.status, content, reply.headers)
+            raise error_of_status(reply.status, reply.content, reply.headers)
         try:
-            answer = msgspec.json.decode(content, type=_Embeddings)
+            answer = msgspec.json.decode(reply.content, type=_Embeddings)
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
             raise UnavailableError(f"engine {self._engine_id} answers /embeddings with something else") from error
         vectors = [row.embedding for row in sorted(answer.data, key=lambda row: row.index)]
@@ -205,6 +207,85 @@ class ForeignEngineClient:
     async def close(self) -> None:
         """Close the connections."""
         await self._http.close()
+
+
+class _Answer:
+    """One streamed answer: the receiver of its bytes, and the run that the sequence holds."""
+
+    __slots__ = ("_client", "_exchange", "_headers", "_reader", "_refusal", "_sink", "_status")
+
+    def __init__(self, client: ForeignEngineClient, request: EngineRequest, sink: DeltaSink) -> None:
+        self._client = client
+        self._sink: DeltaSink | None = sink
+        self._status = 0
+        self._headers: Mapping[str, str] = {}
+        self._refusal = b""
+        self._exchange: Exchange | None = None
+        chat = request.source is not None and request.source.messages is not None
+        self._reader = StreamReader(request.request_id, chat=chat)
+        try:
+            self._exchange = client.begin(request, self)
+        except SageError as error:
+            self._sink = None
+            sink.ended(error)
+
+    def cancel(self) -> None:
+        if self._settle() is not None and self._exchange is not None:
+            self._exchange.cancel()
+
+    def _settle(self) -> DeltaSink | None:
+        """The answer is over, one way or another: return who is still to be told."""
+        sink, self._sink = self._sink, None
+        if sink is not None:
+            self._client.note_end()
+        return sink
+
+    def _fail(self, error: SageError) -> None:
+        sink = self._settle()
+        if sink is not None:
+            sink.ended(error)
+
+    def head(self, status: int, headers: Mapping[str, str]) -> None:
+        self._status, self._headers = status, headers
+
+    def body(self, data: bytes) -> None:
+        if self._status != 200:
+            self._refusal = (self._refusal + data)[:_REFUSAL_BYTES]
+            return
+        if self._sink is None:
+            return  # what follows the last event
+        try:
+            deltas = self._reader.take(data)
+        except SageError as error:
+            self._fail(error)
+            if self._exchange is not None:
+                self._exchange.cancel()
+            return
+        for delta in deltas:
+            self._pass_on(delta)
+
+    def _pass_on(self, delta: TokenDelta) -> None:
+        self._client.note_received(delta.text_tokens or 1)
+        # The last delta ends it before it is passed on; the connection is read to the end of the reply, and kept.
+        sink = self._sink if delta.finish_reason is None else self._settle()
+        if sink is not None:
+            sink.delta(delta)
+
+    def end(self) -> None:
+        if self._status != 200:
+            self._fail(error_of_status(self._status, self._refusal, self._headers))
+            return
+        last = self._reader.end()
+        if last is not None:
+            self._pass_on(last)
+        else:
+            self._fail(EngineDiedError(f"engine {self._client.engine_id} ended the stream before it was finished"))
+
+    def failed(self, error: HttpRefusedError | HttpBrokenError) -> None:
+        if isinstance(error, HttpRefusedError):
+            self._fail(UnavailableError(f"engine {self._client.engine_id} refuses connections"))
+        else:
+            self._fail(EngineDiedError(f"engine {self._client.engine_id} broke the stream: {error}"))
 
 
 class _Row(msgspec.Struct):

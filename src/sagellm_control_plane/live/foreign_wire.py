@@ -46,9 +46,15 @@ _EXTRA_SAMPLING: dict[str, dict[str, str]] = {
     "ollama": {},
 }  # fmt: skip
 
-_BEYOND_OPENAI = (
-    "top_k", "min_p", "typical_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "bad_words",
-    "allowed_token_ids",
+_DEFAULTS = SamplingParams()
+
+#: Names and values that mean nothing special.
+_BEYOND_OPENAI = tuple(
+    (name, getattr(_DEFAULTS, name))
+    for name in (
+        "top_k", "min_p", "typical_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "bad_words",
+        "allowed_token_ids",
+    )
 )  # fmt: skip
 
 
@@ -132,10 +138,10 @@ def _sampling(sampling: SamplingParams, flavour: Flavour) -> dict[str, Any]:
 
 def _beyond_openai(sampling: SamplingParams, flavour: Flavour) -> dict[str, Any]:
     body: dict[str, Any] = {}
-    defaults, known = SamplingParams(), _EXTRA_SAMPLING[flavour]
-    for name in _BEYOND_OPENAI:
+    known = _EXTRA_SAMPLING[flavour]
+    for name, default in _BEYOND_OPENAI:
         value = getattr(sampling, name)
-        if value == getattr(defaults, name):
+        if value == default:
             continue
         if name not in known:
             raise UnsupportedError(f"{name} is not supported by an engine of kind {flavour!r}", param=name)
@@ -156,37 +162,38 @@ def _response_format(sampling: SamplingParams) -> dict[str, Any]:
     )
 
 
-class _Delta(msgspec.Struct):
+class _Delta(msgspec.Struct, gc=False):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
 
 
-class _Choice(msgspec.Struct):
+class _Choice(msgspec.Struct, gc=False):
     delta: _Delta | None = None
     text: str | None = None
     finish_reason: str | None = None
 
 
-class _Details(msgspec.Struct):
+class _Details(msgspec.Struct, gc=False):
     cached_tokens: int | None = None
 
 
-class _Usage(msgspec.Struct):
+class _Usage(msgspec.Struct, gc=False):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: _Details | None = None
 
 
-class _Chunk(msgspec.Struct):
+class _Chunk(msgspec.Struct, gc=False):
     choices: list[_Choice] | None = None
     usage: _Usage | None = None
     error: Any = None
 
 
-_NOTHING = _Delta()
-_CHUNK = msgspec.json.Decoder(_Chunk)
+_CHUNKS = msgspec.json.Decoder(list[_Chunk])
+
+MAX_LINE_BYTES = 16 * 2**20
 
 
 class StreamReader:
@@ -197,83 +204,107 @@ class StreamReader:
         self._chat = chat
         self._finish: FinishReason | None = None
         self._usage: Usage | None = None
+        self._rest = b""
         self.done = False
 
-    def take(self, lines: Iterable[bytes]) -> list[TokenDelta]:
-        """Take in all lines that have arrived; pieces of text that follow each other come as one delta.
-
-        Raises:
-            SageError: as `line` does.
-        """
-        out: list[TokenDelta] = []
-        texts: list[str] = []
-        for line in lines:
-            delta = self.line(line)
-            if delta is None:
-                continue
-            if delta.text and not (delta.reasoning or delta.tool_calls or delta.finish_reason):
-                texts.append(delta.text)
-                continue
-            if texts:
-                out.append(self._joined(texts))
-                texts = []
-            out.append(delta)
-        if texts:
-            out.append(self._joined(texts))
-        return out
-
-    def _joined(self, texts: Sequence[str]) -> TokenDelta:
-        return TokenDelta(request_id=self._request_id, text="".join(texts), text_tokens=len(texts))
-
-    def line(self, line: bytes) -> TokenDelta | None:
-        """Take in one line; return what the sequence gained.
+    def take(self, data: bytes) -> list[TokenDelta]:
+        """Take in what has arrived; pieces of text that follow each other come as one delta, and the end with the last of them.
 
         Raises:
             SageError: the server reports an error in the stream, or something that is no event of this format.
         """
-        if not line.startswith(b"data:"):
-            return None
-        data = line[5:].strip()
-        if data == b"[DONE]":
-            return self.end()
+        data = self._rest + data
+        end = data.rfind(b"\n") + 1
+        self._rest = data[end:]
+        if len(self._rest) > MAX_LINE_BYTES:
+            raise EngineDiedError(f"the engine sent a line of more than {MAX_LINE_BYTES} bytes")
+        events = [line[5:] for line in data[:end].split(b"\n") if line.startswith(b"data:")]
+        last = next((i for i, event in enumerate(events) if event.strip() == b"[DONE]"), None)
+        # One call decodes all events: they are JSON, so with commas between them they are a JSON list.
         try:
-            event = _CHUNK.decode(data)
+            chunks = _CHUNKS.decode(b"[" + b",".join(events[:last]) + b"]")
         except msgspec.DecodeError as error:
             raise EngineDiedError(f"the engine sent an event that is none of this format: {error}") from None
-        if event.error:
-            raise UnavailableError(f"the engine reports: {_message_of({'error': event.error})[:200]}")
-        if event.usage is not None:
-            details = event.usage.prompt_tokens_details
-            self._usage = Usage(
-                prompt_tokens=event.usage.prompt_tokens,
-                completion_tokens=event.usage.completion_tokens,
-                cached_tokens=(details.cached_tokens or 0) if details is not None else 0,
-            )
-        return self._choice(event.choices[0]) if event.choices else None
+        return self._deltas(chunks, finished=last is not None)
 
-    def _choice(self, choice: _Choice) -> TokenDelta | None:
-        delta = choice.delta or _NOTHING
-        text = delta.content if self._chat else choice.text
-        reasoning = delta.reasoning_content or delta.reasoning
+    def _deltas(self, chunks: Iterable[_Chunk], *, finished: bool) -> list[TokenDelta]:
+        out: list[TokenDelta] = []
+        texts: list[str] = []
+        for chunk in chunks:
+            choice = self._choice(chunk)
+            if choice is None:
+                continue
+            delta = choice.delta or _NOTHING
+            text = delta.content if self._chat else choice.text
+            reasoning = delta.reasoning_content or delta.reasoning
+            if reasoning or delta.tool_calls:
+                if texts:
+                    out.append(self._text(texts))
+                    texts = []
+                out.append(self._mixed(text, reasoning, delta.tool_calls))
+            elif text:
+                texts.append(text)
+        end = self._end(texts) if finished else None
+        if end is not None:
+            out.append(end)
+        elif texts:
+            out.append(self._text(texts))
+        return out
+
+    def _choice(self, chunk: _Chunk) -> _Choice | None:
+        """Take in what is not content, and return what may be."""
+        if chunk.error:
+            raise UnavailableError(f"the engine reports: {_message_of({'error': chunk.error})[:200]}")
+        if chunk.usage is not None:
+            self._usage = _usage_of(chunk.usage)
+        if not chunk.choices:
+            return None
+        choice = chunk.choices[0]
         if choice.finish_reason:
             self._finish = _FINISH.get(choice.finish_reason, "stop")
-        if not (text or reasoning or delta.tool_calls):
-            return None
-        calls = tuple(map(_tool_call, delta.tool_calls)) if delta.tool_calls else ()
-        return TokenDelta(request_id=self._request_id, text=text or None, reasoning=reasoning or None, tool_calls=calls)
+        return choice
+
+    def _text(self, texts: Sequence[str]) -> TokenDelta:
+        return TokenDelta(request_id=self._request_id, text="".join(texts), text_tokens=len(texts))
+
+    def _mixed(self, text: str | None, reasoning: str | None, calls: list[dict[str, Any]] | None) -> TokenDelta:
+        return TokenDelta(
+            request_id=self._request_id,
+            text=text or None,
+            reasoning=reasoning or None,
+            tool_calls=tuple(map(_tool_call, calls)) if calls else (),
+        )
 
     def end(self) -> TokenDelta | None:
         """The stream is over: return its last delta, once, if the server had said why it ended."""
+        return self._end(())
+
+    def _end(self, texts: Sequence[str]) -> TokenDelta | None:
         if self.done or self._finish is None:
             return None
         self.done = True
+        usage = self._usage
         return TokenDelta(
             request_id=self._request_id,
+            text="".join(texts) or None,
+            text_tokens=len(texts),
             finish_reason=self._finish,
-            usage=self._usage,
-            prompt_tokens=self._usage.prompt_tokens if self._usage else None,
-            cached_tokens=self._usage.cached_tokens if self._usage else 0,
+            usage=usage,
+            prompt_tokens=usage.prompt_tokens if usage else None,
+            cached_tokens=usage.cached_tokens if usage else 0,
         )
+
+
+_NOTHING = _Delta()
+
+
+def _usage_of(usage: _Usage) -> Usage:
+    details = usage.prompt_tokens_details
+    return Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        cached_tokens=(details.cached_tokens or 0) if details is not None else 0,
+    )
 
 
 _FINISH: dict[str, FinishReason] = {

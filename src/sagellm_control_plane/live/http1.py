@@ -1,43 +1,73 @@
-"""A small HTTP/1.1 client for the data path: keep-alive, chunked bodies, one wake-up for all that has arrived.
+"""A small HTTP/1.1 client for the data path: kept connections, and bytes pushed to their receiver as they arrive.
 
-General clients cost most of a millisecond for each request; a router must not. It speaks to servers that the operator registered, so it
-follows no redirects, keeps no cookies and knows no proxies.
+General clients cost most of a millisecond for each request; a router must not. Nothing here waits for anything: a request on a kept
+connection is one write, and each arrival is parsed and handed on at once, without a task or a queue. It speaks to servers that the operator
+registered, so it follows no redirects, keeps no cookies and knows no proxies.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import ssl
-from collections.abc import AsyncGenerator, Mapping
-from typing import cast
+from collections.abc import Mapping
+from typing import Protocol, cast
 from urllib.parse import urlsplit
 
+from sagellm_control_plane.live.http1_body import BodyReader, HttpBrokenError, body_reader
 from sagellm_protocol.errors import InvalidArgumentError
 
-__all__ = ["Http1Client", "HttpBrokenError", "HttpRefusedError", "Reply"]
+__all__ = ["Exchange", "Http1Client", "HttpBrokenError", "HttpRefusedError", "Receiver", "Reply"]
 
 MAX_HEAD_BYTES = 64 * 1024
-MAX_LINE_BYTES = 16 * 2**20
+
+_STATUS = re.compile(rb"HTTP/1\.([01]) (\d{3})(?: |\r|$)")
 
 
 class HttpRefusedError(Exception):
     """No connection could be made: nothing was sent."""
 
 
-class HttpBrokenError(Exception):
-    """The connection ended, or what came was no HTTP, after something may have been sent."""
+class Receiver(Protocol):
+    """What becomes of a request: `head`, any number of `body`, and `end`; or `failed` instead, at any point, once.
+
+    An exception from `head`, `body` or `end` is a bug: it ends the connection.
+    """
+
+    def head(self, status: int, headers: Mapping[str, str]) -> None:
+        """The reply has begun; names of headers are in lower case."""
+        ...
+
+    def body(self, data: bytes) -> None:
+        """All that has arrived of the body since the last call."""
+        ...
+
+    def end(self) -> None:
+        """The reply is complete."""
+        ...
+
+    def failed(self, error: HttpRefusedError | HttpBrokenError) -> None:
+        """There was no connection, or it ended early."""
+        ...
+
+
+class Reply:
+    """A whole reply."""
+
+    def __init__(self, status: int, headers: Mapping[str, str], content: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        self.content = content
 
 
 class _Connection(asyncio.Protocol):
-    """Bytes in, bytes out; wakes its one reader when something arrives."""
+    """One connection; at most one exchange at a time."""
 
     def __init__(self) -> None:
-        self.buffer = bytearray()
         self.closed = False
-        self.used = False
+        self.exchange: Exchange | None = None
         self._transport: asyncio.Transport | None = None
-        self._waiter: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass of asyncio's
@@ -46,30 +76,20 @@ class _Connection(asyncio.Protocol):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def data_received(self, data: bytes) -> None:
-        self.buffer += data
-        self._wake()
+        if self.exchange is not None:
+            self.exchange.received(data)
+        else:
+            self.close()  # nobody asked
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
         self.closed = True
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def more(self) -> bool:
-        """Wait for further bytes; False at the end of the connection."""
-        before = len(self.buffer)
-        while len(self.buffer) == before and not self.closed:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        return len(self.buffer) > before
+        if self.exchange is not None:
+            self.exchange.lost()
 
     def write(self, data: bytes) -> None:
-        if self._transport is None or self.closed:
-            raise HttpBrokenError("the connection is closed")
-        self._transport.write(data)
+        if self._transport is not None:
+            self._transport.write(data)
 
     def close(self) -> None:
         self.closed = True
@@ -77,98 +97,143 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
 
 
-class Reply:
-    """Status, headers (names in lower case) and a body that is read once."""
+class Exchange:
+    """One request and its reply. Made by `Http1Client.start`."""
 
-    def __init__(self, client: Http1Client, connection: _Connection, status: int, headers: Mapping[str, str]) -> None:
-        self.status = status
-        self.headers = headers
+    __slots__ = ("_body", "_client", "_connecting", "_connection", "_data", "_receiver", "_rest", "_reusable", "_used")
+
+    def __init__(self, client: Http1Client, data: bytes, receiver: Receiver) -> None:
         self._client = client
-        self._connection = connection
-        self._complete = False
+        self._data = data
+        self._receiver: Receiver | None = receiver
+        self._connection: _Connection | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._body: BodyReader | None = None
+        self._rest = b""
+        self._reusable = True
+        self._used = False
 
-    async def _pieces(self) -> AsyncGenerator[bytes, None]:
-        if "chunked" in self.headers.get("transfer-encoding", "").lower():
-            async for piece in self._chunks():
-                yield piece
-        elif "content-length" in self.headers:
-            async for piece in self._counted(_number(self.headers["content-length"], 10)):
-                yield piece
+    def begin(self) -> None:
+        """Send the request, over a kept connection if there is one."""
+        connection = self._client.take()
+        if connection is not None:
+            self._used = True
+            self._send(connection)
         else:
-            async for piece in self._until_the_end():
-                yield piece
-        self._complete = True
+            self._used = False
+            self._connecting = asyncio.get_running_loop().create_task(self._connect())
 
-    async def _counted(self, left: int) -> AsyncGenerator[bytes, None]:
-        buffer = self._connection.buffer
-        while left:
-            if not buffer and not await self._connection.more():
-                raise HttpBrokenError(f"the body ended {left} bytes early")
-            piece = bytes(buffer[:left])
-            del buffer[: len(piece)]
-            left -= len(piece)
-            yield piece
-
-    async def _until_the_end(self) -> AsyncGenerator[bytes, None]:
-        buffer = self._connection.buffer
-        while buffer or await self._connection.more():
-            piece = bytes(buffer)
-            buffer.clear()
-            yield piece
-        self._connection.close()
-
-    async def _chunks(self) -> AsyncGenerator[bytes, None]:
-        """Yield what has arrived of all chunks at once: one piece for each wake-up, not one for each token."""
-        buffer = self._connection.buffer
-        while True:
-            out, position, ended = bytearray(), 0, False
-            while (end := buffer.find(b"\r\n", position)) >= 0:
-                size = _number(buffer[position:end].split(b";", 1)[0].decode("latin-1"), 16)
-                if len(buffer) < end + 2 + size + 2:
-                    break
-                if size == 0:
-                    position, ended = end + 4, True
-                    break
-                out += buffer[end + 2 : end + 2 + size]
-                position = end + 2 + size + 2
-            del buffer[:position]
-            # Known before the last piece is handed out: its reader may have had enough by then.
-            self._complete = ended
-            if out:
-                yield bytes(out)
-            if ended:
-                return
-            if len(buffer) > MAX_LINE_BYTES:
-                raise HttpBrokenError(f"a chunk is longer than {MAX_LINE_BYTES} bytes")
-            if not await self._connection.more():
-                raise HttpBrokenError("the connection ended inside the body")
-
-    async def read(self) -> bytes:
-        """Return the whole body."""
-        body = b"".join([piece async for piece in self._pieces()])
-        self.close()
-        return body
-
-    async def lines(self) -> AsyncGenerator[list[bytes], None]:
-        """Yield the lines that each wake-up completes, without their ends."""
-        rest = b""
-        async for piece in self._pieces():
-            *whole, rest = (rest + piece).split(b"\n")
-            if whole:
-                yield whole
-            if len(rest) > MAX_LINE_BYTES:
-                raise HttpBrokenError(f"a line is longer than {MAX_LINE_BYTES} bytes")
-        if rest:
-            yield [rest]
-
-    def close(self) -> None:
-        """Let go of the connection: for the next request if the body was read to its end, else for good."""
-        if self._connection.closed:
+    async def _connect(self) -> None:
+        try:
+            connection = await self._client.connect()
+        except HttpRefusedError as error:
+            self._fail(error)
             return
-        if self._complete and self.headers.get("connection", "").lower() != "close":
-            self._client.give_back(self._connection)
+        finally:
+            self._connecting = None
+        if self._receiver is None:
+            connection.close()  # cancelled at the same moment
         else:
-            self._connection.close()
+            self._send(connection)
+
+    def _send(self, connection: _Connection) -> None:
+        self._connection = connection
+        connection.exchange = self
+        connection.write(self._data)
+
+    def cancel(self) -> None:
+        """Have no more of it: the connection is closed, at which servers abort. Idempotent."""
+        self._receiver = None
+        if self._connecting is not None:
+            self._connecting.cancel()
+        self._drop()
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.exchange = None
+            connection.close()
+
+    def _fail(self, error: HttpRefusedError | HttpBrokenError) -> None:
+        receiver, self._receiver = self._receiver, None
+        self._drop()
+        if receiver is not None:
+            receiver.failed(error)
+
+    def received(self, data: bytes) -> None:
+        """Bytes of the reply have arrived."""
+        try:
+            if self._body is None:
+                self._take_head(data)
+            else:
+                self._take_body(self._body, data)
+        except HttpBrokenError as error:
+            self._fail(error)
+
+    def _take_head(self, data: bytes) -> None:
+        data = self._rest + data if self._rest else data
+        while True:
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                if len(data) > MAX_HEAD_BYTES:
+                    raise HttpBrokenError(f"the head of the reply is longer than {MAX_HEAD_BYTES} bytes")
+                self._rest = data
+                return
+            first = _STATUS.match(data)
+            if first is None:
+                raise HttpBrokenError("the reply is no HTTP/1.1")
+            status, head, data = int(first[2]), data[:end], data[end + 4 :]
+            if status != 100:
+                break
+        self._rest = b""
+        headers = _headers(head)
+        self._reusable = headers.get("connection", "keep-alive" if first[1] == b"1" else "close").lower() != "close"
+        self._body = body_reader(status, headers)
+        if self._receiver is not None:
+            self._receiver.head(status, headers)
+        self._take_body(self._body, data)
+
+    def _take_body(self, body: BodyReader, data: bytes) -> None:
+        piece = body.take(data)
+        if piece and self._receiver is not None:
+            self._receiver.body(piece)
+        if body.complete:
+            self._complete(body.clean)
+
+    def _complete(self, clean: bool) -> None:
+        """The reply was read to its end: its connection may serve the next request."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.exchange = None
+            if clean and self._reusable:
+                self._client.give_back(connection)
+            else:
+                connection.close()
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            receiver.end()
+
+    def lost(self) -> None:
+        """The connection ended."""
+        self._connection = None
+        if self._receiver is None:
+            return
+        if self._body is not None and self._body.until_close:
+            self._complete(clean=False)
+        elif self._used and self._body is None and not self._rest:
+            self.begin()  # the server had closed a kept connection meanwhile: that is no failure of the request
+        else:
+            where = "inside the body" if self._body is not None else "before a reply"
+            self._fail(HttpBrokenError(f"the connection ended {where}"))
+
+
+def _headers(head: bytes) -> dict[str, str]:
+    lines = head.decode("latin-1").split("\r\n")[1:]
+    headers = {}
+    for line in lines:
+        name, _colon, value = line.partition(":")
+        headers[name.strip().lower()] = value.strip()
+    return headers
 
 
 class Http1Client:
@@ -181,7 +246,7 @@ class Http1Client:
         keep: idle connections that are kept.
 
     Raises:
-        InvalidArgumentError: another scheme, or no host.
+        InvalidArgumentError: another scheme, no host, or a header with a line break.
     """
 
     def __init__(self, base_url: str, headers: Mapping[str, str], *, connect_s: float = 5.0, keep: int = 256) -> None:
@@ -200,32 +265,35 @@ class Http1Client:
             raise InvalidArgumentError("a header's value has a line break", param="api_key")
         self._head = "".join(f"{name}: {value}\r\n" for name, value in fixed.items())
 
+    def start(self, method: str, path: str, body: bytes | None, receiver: Receiver) -> Exchange:
+        """Send a request; `receiver` is told the reply, never before this returns. `path` follows the base URL's."""
+        length = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n" if body is not None else ""
+        head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._head}{length}\r\n".encode("latin-1")
+        exchange = Exchange(self, head + body if body else head, receiver)
+        exchange.begin()
+        return exchange
+
     async def request(self, method: str, path: str, body: bytes | None = None) -> Reply:
-        """Send a request and return the reply once its head is there. `path` follows the base URL's.
+        """Send a request and return the whole reply; cancelling the task closes the connection.
 
         Raises:
             HttpRefusedError: no connection.
-            HttpBrokenError: the connection ended before the head was complete.
+            HttpBrokenError: the connection ended before the reply was complete.
         """
-        length = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n" if body is not None else ""
-        data = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._head}{length}\r\n".encode("latin-1") + (body or b"")
-        while True:
-            connection = self._take() or await self._connect()
-            try:
-                connection.write(data)
-                status, headers = await self._read_head(connection)
-            except HttpBrokenError:
-                connection.close()
-                # A kept connection may have been closed by the server meanwhile: that is no failure of the request.
-                if connection.used and not connection.buffer:
-                    continue
-                raise
-            except asyncio.CancelledError:
-                connection.close()
-                raise
-            return Reply(self, connection, status, headers)
+        whole = _Whole()
+        exchange = self.start(method, path, body, whole)
+        try:
+            return await whole.reply
+        finally:
+            if not whole.reply.done() or whole.reply.cancelled():
+                exchange.cancel()
 
-    async def _connect(self) -> _Connection:
+    async def connect(self) -> _Connection:
+        """Open a connection.
+
+        Raises:
+            HttpRefusedError: it cannot be had.
+        """
         loop = asyncio.get_running_loop()
         tls = ssl.create_default_context() if self._tls else None
         try:
@@ -236,39 +304,20 @@ class Http1Client:
             raise HttpRefusedError(f"{type(error).__name__}") from error
         return connection
 
-    def _take(self) -> _Connection | None:
+    def take(self) -> _Connection | None:
+        """Return a kept connection, the last used first."""
         while self._idle:
             connection = self._idle.pop()
-            if not connection.closed and not connection.buffer:
-                connection.used = True
+            if not connection.closed:
                 return connection
-            connection.close()
         return None
 
     def give_back(self, connection: _Connection) -> None:
         """Keep a connection whose reply was read to its end."""
-        if len(self._idle) < self._keep and not connection.buffer:
+        if len(self._idle) < self._keep:
             self._idle.append(connection)
         else:
             connection.close()
-
-    async def _read_head(self, connection: _Connection) -> tuple[int, dict[str, str]]:
-        buffer = connection.buffer
-        while True:
-            while (end := buffer.find(b"\r\n\r\n")) < 0:
-                if len(buffer) > MAX_HEAD_BYTES:
-                    raise HttpBrokenError(f"the head of the reply is longer than {MAX_HEAD_BYTES} bytes")
-                if not await connection.more():
-                    raise HttpBrokenError("the connection ended before a reply")
-            first, *rest = bytes(buffer[:end]).decode("latin-1").split("\r\n")
-            del buffer[: end + 4]
-            parts = first.split(" ", 2)
-            if len(parts) < 2 or not parts[0].startswith("HTTP/1."):
-                raise HttpBrokenError("the reply is no HTTP/1.1")
-            status = _number(parts[1], 10)
-            if status != 100:
-                pairs = (line.partition(":") for line in rest)
-                return status, {name.strip().lower(): value.strip() for name, _colon, value in pairs}
 
     async def close(self) -> None:
         """Close the idle connections."""
@@ -276,11 +325,25 @@ class Http1Client:
             self._idle.pop().close()
 
 
-def _number(text: str, base: int) -> int:
-    try:
-        value = int(text.strip(), base)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise HttpBrokenError(f"{text[:20]!r} is no length")
-    return value
+class _Whole:
+    """Gathers a reply."""
+
+    def __init__(self) -> None:
+        self.reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._status = 0
+        self._headers: Mapping[str, str] = {}
+        self._pieces: list[bytes] = []
+
+    def head(self, status: int, headers: Mapping[str, str]) -> None:
+        self._status, self._headers = status, headers
+
+    def body(self, data: bytes) -> None:
+        self._pieces.append(data)
+
+    def end(self) -> None:
+        if not self.reply.done():
+            self.reply.set_result(Reply(self._status, self._headers, b"".join(self._pieces)))
+
+    def failed(self, error: HttpRefusedError | HttpBrokenError) -> None:
+        if not self.reply.done():
+            self.reply.set_exception(error)

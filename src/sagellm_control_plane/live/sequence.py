@@ -7,58 +7,68 @@ tokens emitted so far and goes on after them, with the same seed.
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections import deque
 from collections.abc import Callable
-from contextlib import aclosing
 
 import msgspec
 
 from sagellm_control_plane.events import AttemptFailed, AttemptFinished, Event, FirstToken
+from sagellm_control_plane.live.runs import Run, StreamRun, start_run
 from sagellm_control_plane.live.split import SplitStats, split_stream
 from sagellm_protocol.engine import EngineRequest, TokenDelta
-from sagellm_protocol.errors import CancelledRequestError, EngineDiedError, Error, ErrorCode, InternalError, SageError
+from sagellm_protocol.errors import CancelledRequestError, EngineDiedError, Error, ErrorCode, SageError
 from sagellm_protocol.generation import Usage
 from sagellm_protocol.ports import EngineClient
 from sagellm_protocol.sampling import SamplingParams
 
 __all__ = ["Mailbox", "Sequence"]
 
-_log = logging.getLogger(__name__)
-
 
 class Mailbox:
     """What the sequences of one request have for its reader, in the order in which it came."""
 
+    __slots__ = ("_items", "_waiter")
+
     def __init__(self) -> None:
-        self._items: deque[tuple[int, TokenDelta | Error]] = deque()
-        self._filled = asyncio.Event()
+        self._items: list[tuple[int, TokenDelta | Error]] = []
+        self._waiter: asyncio.Future[None] | None = None
 
     def put(self, index: int, item: TokenDelta | Error) -> None:
         """Leave an item; never blocks."""
         self._items.append((index, item))
-        self._filled.set()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def take(self) -> list[tuple[int, TokenDelta | Error]]:
         """Wait until there is something, and return all of it."""
-        await self._filled.wait()
-        self._filled.clear()
-        items = list(self._items)
-        self._items.clear()
+        if not self._items:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        items, self._items = self._items, []
         return items
 
 
 class _Attempt:
-    """One engine's try at a sequence."""
+    """One engine's try at a sequence: the sink of its run."""
 
-    __slots__ = ("engine_id", "last_at", "number", "task", "tokens")
+    __slots__ = ("_sequence", "engine_id", "last_at", "number", "run", "tokens")
 
-    def __init__(self, number: int, engine_id: str, now: float) -> None:
+    def __init__(self, sequence: Sequence, number: int, engine_id: str, now: float) -> None:
+        self._sequence = sequence
         self.number = number
         self.engine_id = engine_id
         self.last_at = now
         self.tokens = 0
-        self.task: asyncio.Task[None] | None = None
+        self.run: Run | None = None
+
+    def delta(self, delta: TokenDelta) -> None:
+        """The engine produced something."""
+        self._sequence.gained(self, delta)
+
+    def ended(self, error: SageError | None) -> None:
+        """The engine's stream ended too early."""
+        if error is None:
+            error = EngineDiedError(f"engine {self.engine_id} closed the stream before it was finished")
+        self._sequence.attempt_failed(self, error.to_wire())
 
 
 class Sequence:
@@ -116,7 +126,7 @@ class Sequence:
 
     def start(self, number: int, engine_id: str, client: EngineClient, prefill: EngineClient | None = None) -> None:
         """Begin attempt `number`; with `prefill`, the prompt is computed there and handed over."""
-        attempt = _Attempt(number, engine_id, self._clock())
+        attempt = _Attempt(self, number, engine_id, self._clock())
         self._attempts[number] = attempt
         self.engines.append(engine_id)
         if self.dispatched_at is None:
@@ -124,20 +134,21 @@ class Sequence:
         limit = self.request.sampling.max_tokens
         if limit is not None and len(self.journal) >= limit and self._winner is None:
             # The engine died between its last token and its last word: nothing is left to compute.
-            self._on_delta(attempt, TokenDelta(request_id=self.request_id, finish_reason="length"))
+            self.gained(attempt, TokenDelta(request_id=self.request_id, finish_reason="length"))
             return
-        attempt.task = asyncio.get_running_loop().create_task(
-            self._run(attempt, client, prefill, self._engine_request(number))
-        )
-        attempt.task.add_done_callback(lambda task: self._on_task_done(attempt, task))
+        request = self._engine_request(number)
+        if prefill is None:
+            attempt.run = start_run(client, request, attempt)
+        else:
+            attempt.run = StreamRun(split_stream(prefill, client, request, self._split_stats), attempt)
 
     def abort(self, number: int) -> None:
         """Stop attempt `number`; the engine frees its blocks."""
         attempt = self._attempts.pop(number, None)
         if self._winner == number:
             self._winner = None
-        if attempt is not None and attempt.task is not None:
-            attempt.task.cancel()
+        if attempt is not None and attempt.run is not None:
+            attempt.run.cancel()
 
     def fail(self, error: Error) -> None:
         """Tell the reader; the sequence is over."""
@@ -180,46 +191,22 @@ class Sequence:
             return sampling
         return msgspec.structs.replace(sampling, max_tokens=max(sampling.max_tokens - self._pieces, 1))
 
-    async def _run(
-        self, attempt: _Attempt, client: EngineClient, prefill: EngineClient | None, request: EngineRequest
-    ) -> None:
-        if prefill is None:
-            deltas = client.stream(request)
-        else:
-            deltas = split_stream(prefill, client, request, self._split_stats)
-        try:
-            async with aclosing(deltas) as stream:
-                async for delta in stream:
-                    if not self._on_delta(attempt, delta):
-                        return
-        except SageError as error:
-            self._attempt_failed(attempt, error.to_wire())
-            return
-        died = EngineDiedError(f"engine {attempt.engine_id} closed the stream before it was finished")
-        self._attempt_failed(attempt, died.to_wire())
-
-    def _on_task_done(self, attempt: _Attempt, task: asyncio.Task[None]) -> None:
-        error = None if task.cancelled() else task.exception()
-        if error is None:
-            return
-        _log.error("attempt %s of %s on %s", attempt.number, self.request_id, attempt.engine_id, exc_info=error)
-        self._attempt_failed(attempt, InternalError("the engine's client failed unexpectedly").to_wire())
-
-    def _attempt_failed(self, attempt: _Attempt, error: Error) -> None:
+    def attempt_failed(self, attempt: _Attempt, error: Error) -> None:
+        """An attempt ended badly; the core decides what follows."""
         if self._attempts.pop(attempt.number, None) is None:
             return
         if self._winner == attempt.number:
             self._winner = None
         self._feed(AttemptFailed(self.request_id, attempt.number, error, self.emitted))
 
-    def _on_delta(self, attempt: _Attempt, delta: TokenDelta) -> bool:
-        """Take in a delta; False when the attempt has nothing more to say."""
+    def gained(self, attempt: _Attempt, delta: TokenDelta) -> None:
+        """Take in a delta of an attempt: journal, mailbox, and what the core must know."""
         if attempt.number not in self._attempts:
-            return False
+            return
         attempt.last_at = self._clock()
         if delta.error is not None or delta.finish_reason in ("error", "cancelled"):
-            self._attempt_failed(attempt, delta.error or _ENGINE_ABORTED)
-            return False
+            self.attempt_failed(attempt, delta.error or _ENGINE_ABORTED)
+            return
         if delta.prompt_tokens is not None and self.prompt_tokens is None:
             self.prompt_tokens, self.cached_tokens = delta.prompt_tokens, delta.cached_tokens
         if delta.usage is not None:
@@ -229,7 +216,7 @@ class Sequence:
                 self._started = True
                 self.engine_id = attempt.engine_id
                 self._mailbox.put(self.index, delta)
-            return True
+            return
         if not attempt.tokens:
             self._begin(attempt, delta)
         attempt.tokens += max(len(delta.token_ids), 1)
@@ -238,12 +225,10 @@ class Sequence:
             self._pieces += delta.text_tokens or 1
             self._text.append(delta.text or "")
         self._mailbox.put(self.index, delta)
-        if delta.finish_reason is None:
-            return True
-        self.ended = True
-        self._attempts.pop(attempt.number, None)
-        self._feed(AttemptFinished(self.request_id, attempt.number, self.emitted))
-        return False
+        if delta.finish_reason is not None:
+            self.ended = True
+            del self._attempts[attempt.number]
+            self._feed(AttemptFinished(self.request_id, attempt.number, self.emitted))
 
     def _begin(self, attempt: _Attempt, delta: TokenDelta) -> None:
         """The attempt's first token: it has won against a hedge, and the engine's prefill is over."""

@@ -227,7 +227,7 @@ def test_tool_calls_and_reasoning_are_read_from_the_stream():
         '{"choices":[],"usage":{"prompt_tokens":2,"completion_tokens":1}}',
         "[DONE]",
     ]
-    deltas = [d for line in lines if (d := reader.line(f"data: {line}".encode())) is not None]
+    deltas = [d for line in lines for d in reader.take(f"data: {line}\n\n".encode())]
     assert deltas[0].reasoning == "hm"
     assert (deltas[1].tool_calls[0].name, deltas[2].tool_calls[0].arguments) == ("f", "{}")
     assert (deltas[3].finish_reason, deltas[3].usage.prompt_tokens) == ("tool_calls", 2)
