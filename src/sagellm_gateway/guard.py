@@ -84,9 +84,16 @@ class Guard:
     Leaving it for a reason of `fail` raises that reason instead of the cancellation.
     """
 
-    __slots__ = ("_listener", "_receive", "_registry", "_task", "reason")
+    __slots__ = ("_listener", "_receive", "_registry", "_task", "_watch", "reason")
 
-    def __init__(self, receive: Callable[[], Awaitable[MutableMapping[str, Any]]], registry: InFlight) -> None:
+    def __init__(
+        self,
+        scope: MutableMapping[str, Any],
+        receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
+        registry: InFlight,
+    ) -> None:
+        # Our own server calls back when the connection ends; others are asked, by a task that waits.
+        self._watch: Callable[[Callable[[], None] | None], None] | None = scope.get("sagellm.on_disconnect")
         self._receive = receive
         self._registry = registry
         self._task: asyncio.Task[Any] | None = None
@@ -96,14 +103,19 @@ class Guard:
     async def __aenter__(self) -> Guard:
         self._task = asyncio.current_task()
         self._registry.add(self)
-        self._listener = asyncio.create_task(self._listen())
+        if self._watch is not None:
+            self._watch(self._gone)
+        else:
+            self._listener = asyncio.create_task(self._listen())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._registry.discard(self)
-        if self._listener is not None:
+        if self._watch is not None:
+            self._watch(None)
+        elif self._listener is not None:
             self._listener.cancel()
             # It keeps the cancellation, whose traceback leads back here: a cycle a request, for the collector to find.
             self._listener = None
@@ -122,9 +134,12 @@ class Guard:
             self.reason = reason
             self._task.cancel()
 
+    def _gone(self) -> None:
+        self.fail(ClientGoneError())
+
     async def _listen(self) -> None:
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                self.fail(ClientGoneError())
+                self._gone()
                 return

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from sagellm_gateway.config import GatewayConfig
 from sagellm_gateway.context import Gateway
@@ -48,7 +49,7 @@ def create_app(
 
         control_plane = ControlPlaneManager()
     gateway = Gateway(control_plane, config or GatewayConfig(), library)
-    app = Starlette(lifespan=_lifespan)
+    app = _Application(lifespan=_lifespan)
     app.state.gateway = gateway
     app.router.default = Auth(Router(gateway, ROUTES, aliased=ALIASED), gateway)
     app.router.redirect_slashes = False
@@ -59,6 +60,17 @@ def create_app(
         app.add_middleware(Tracing)
     app.add_middleware(Edge, gateway=gateway, observers=(gateway.metrics.observe,))
     return app
+
+
+class _Application(Starlette):
+    """Starlette without its two layers that turn exceptions into answers: `Endpoint` does that, in the shape of each dialect."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Return what was added by `add_middleware`, around the router."""
+        app: ASGIApp = self.router
+        for factory, args, kwargs in reversed(self.user_middleware):
+            app = factory(app, *args, **kwargs)
+        return app
 
 
 @contextlib.asynccontextmanager

@@ -149,7 +149,7 @@ async def stream(call: Call, events: AsyncGenerator[Any, None], frames: Frames) 
         ClientGoneError: the client hung up, or reads too slowly.
     """
     call.gateway.admit()
-    async with contextlib.aclosing(events), Guard(call.receive, call.gateway.in_flight) as guard:
+    async with contextlib.aclosing(events), Guard(call.scope, call.receive, call.gateway.in_flight) as guard:
         out = _Stream(call, events, frames, guard)
         producer = asyncio.create_task(out.produce())
         try:
@@ -180,5 +180,5 @@ async def guarded(call: Call, events: AsyncGenerator[Any, None]) -> AsyncIterato
         ClientGoneError: the client hung up.
     """
     call.gateway.admit()
-    async with Guard(call.receive, call.gateway.in_flight), contextlib.aclosing(events):
+    async with Guard(call.scope, call.receive, call.gateway.in_flight), contextlib.aclosing(events):
         yield events

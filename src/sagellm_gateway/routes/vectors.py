@@ -28,7 +28,7 @@ def _extras(call: Call) -> dict[str, Any]:
 async def _embed(call: Call, request: EmbeddingRequest) -> EmbedResult:
     call.scope["sagellm.model"] = request.model
     call.gateway.admit()
-    async with Guard(call.receive, call.gateway.in_flight):
+    async with Guard(call.scope, call.receive, call.gateway.in_flight):
         result: EmbedResult = await call.gateway.manager.embed(request)
     call.used(result.prompt_tokens, 0)
     return result
@@ -37,7 +37,7 @@ async def _embed(call: Call, request: EmbeddingRequest) -> EmbedResult:
 async def _scores(call: Call, requests: list[ScoreRequest]) -> tuple[list[float], int]:
     call.scope["sagellm.model"] = requests[0].model
     call.gateway.admit()
-    async with Guard(call.receive, call.gateway.in_flight):
+    async with Guard(call.scope, call.receive, call.gateway.in_flight):
         results = await asyncio.gather(*(call.gateway.manager.score(r) for r in requests))
     tokens = sum(r.prompt_tokens for r in results)
     call.used(tokens, 0)
