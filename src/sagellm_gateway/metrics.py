@@ -49,6 +49,7 @@ class Metrics:
 
             registry.register(PlaneCollector(gateway.manager))
         self._models: dict[str, str] = {}
+        self._of_models: dict[str, tuple[Any, Any, Any, Any]] = {}
         self._children: dict[tuple[str, int, str], tuple[Any, Any]] = {}
 
     def observe(self, scope: Scope, status: int, seconds: float) -> None:
@@ -75,13 +76,17 @@ class Metrics:
         return msgspec.to_builtins(families_of(self.registry))
 
     def _generated(self, model: str, tokens: tuple[int, int], times: tuple[float, float] | None) -> None:
-        self.tokens.labels(model, "prompt").inc(tokens[0])
-        self.tokens.labels(model, "completion").inc(tokens[1])
+        of_model = self._of_models.get(model)
+        if of_model is None:
+            prompt, completion = (self.tokens.labels(model, kind) for kind in ("prompt", "completion"))
+            of_model = self._of_models[model] = (prompt, completion, self.ttft.labels(model), self.tpot.labels(model))
+        of_model[0].inc(tokens[0])
+        of_model[1].inc(tokens[1])
         if times is not None:
             ttft, duration = times
-            self.ttft.labels(model).observe(ttft)
+            of_model[2].observe(ttft)
             if tokens[1] > 1:
-                self.tpot.labels(model).observe(max(0.0, duration - ttft) / (tokens[1] - 1))
+                of_model[3].observe(max(0.0, duration - ttft) / (tokens[1] - 1))
 
     def _label(self, model: str) -> str:
         """Return the model's name if it was ever served; clients cannot make labels up."""

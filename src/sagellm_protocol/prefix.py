@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Literal
 
@@ -41,6 +42,7 @@ class BlockSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     names: tuple[bytes, ...]
 
 
+@lru_cache(maxsize=1024)
 def root_hash(adapter: str | None, salt: str) -> bytes:
     """Return the 16-byte root of all chains of one adapter and one tenant's salt."""
     digest = blake2b(digest_size=HASH_BYTES, person=b"sagellm-kv-root")
@@ -59,8 +61,10 @@ def block_hashes(
 ) -> list[bytes]:
     """Return the names of all full blocks of `token_ids`, first to last."""
     out: list[bytes] = []
+    count = len(token_ids) // block_size * block_size
+    packed = struct.pack(f"<{count}i", *token_ids[:count])
     parent = root_hash(adapter, salt)
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
-        parent = block_hash(parent, token_ids[start : start + block_size])
+    for start in range(0, len(packed), 4 * block_size):
+        parent = blake2b(parent + packed[start : start + 4 * block_size], digest_size=HASH_BYTES).digest()
         out.append(parent)
     return out

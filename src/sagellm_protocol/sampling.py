@@ -82,6 +82,42 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     grammar: GrammarSpec | None = None
 
     def __post_init__(self) -> None:
+        # One comparison for what nearly every request has; what is out of range, or no number, is named below.
+        if not (
+            0.0 <= self.temperature <= 2.0
+            and 0.0 < self.top_p <= 1.0
+            and 0 <= self.top_k < 2**31
+            and 0.0 <= self.min_p <= 1.0
+            and 0.0 < self.typical_p <= 1.0
+            and 0.0 < self.repetition_penalty <= 100.0
+            and -2.0 <= self.presence_penalty <= 2.0
+            and -2.0 <= self.frequency_penalty <= 2.0
+            and 0 <= self.min_tokens < 2**31
+        ):
+            self._refuse_number()
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            in_range("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.max_tokens is not None:
+            if not 1 <= self.max_tokens < 2**31:
+                in_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
+            if self.min_tokens > self.max_tokens:
+                raise InvalidArgumentError(
+                    f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}: lower it", param="min_tokens"
+                )
+        if self.stop or self.logit_bias or self.logprobs is not None or self.prompt_logprobs is not None:
+            self._check_extras()
+
+    def _check_extras(self) -> None:
+        if not all(self.stop):
+            raise InvalidArgumentError("stop has an empty string: remove it", param="stop")
+        for token, bias in (self.logit_bias or {}).items():
+            in_range(f"logit_bias[{token}]", bias, -100.0, 100.0)
+        if self.logprobs is not None:
+            in_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            in_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+
+    def _refuse_number(self) -> None:
         in_range("temperature", self.temperature, 0.0, 2.0)
         in_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
         in_range("top_k", self.top_k, 0, 2**31 - 1)
@@ -90,22 +126,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         in_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
         in_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        if self.seed is not None:
-            in_range("seed", self.seed, -(2**63), 2**63 - 1)
-        if self.max_tokens is not None:
-            in_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
         in_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise InvalidArgumentError(
-                f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}: lower it", param="min_tokens"
-            )
-        if any(not s for s in self.stop):
-            raise InvalidArgumentError("stop has an empty string: remove it", param="stop")
-        for token, bias in (self.logit_bias or {}).items():
-            in_range(f"logit_bias[{token}]", bias, -100.0, 100.0)
-        for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
-            if value is not None:
-                in_range(name, value, 0, MAX_LOGPROBS)
 
     @property
     def greedy(self) -> bool:

@@ -13,6 +13,7 @@ from sagellm_protocol.engine import EngineRequest, TokenDelta
 from sagellm_protocol.errors import InvalidArgumentError, UnsupportedError
 from sagellm_protocol.generation import ChoiceDelta, GenerationRequest
 from sagellm_protocol.ports import PreparedRequest
+from sagellm_protocol.sampling import SamplingParams
 
 __all__ = ["ForeignChatModel"]
 
@@ -63,24 +64,28 @@ class ForeignChatModel:
         """
         if not (request.messages or request.prompt or request.suffix):
             raise InvalidArgumentError("messages is empty: give at least one message", param="messages")
-        seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(31)
-        requests = []
-        for k in range(request.n):
-            sampling = msgspec.structs.replace(request.sampling, seed=seed + k)
-            requests.append(
-                EngineRequest(
-                    request_id=request.request_id if request.n == 1 else f"{request.request_id}/{k}",
-                    trace_id=request.trace_id,
-                    # Ids are not known: as many zeros as there may be tokens tell the load, and are never sent.
-                    prompt_token_ids=(0,) * max(1, _characters(request) // _CHARACTERS_PER_TOKEN),
-                    sampling=sampling,
-                    priority=request.priority,
-                    deadline_s=request.deadline_s,
-                    adapter=request.adapter,
-                    source=msgspec.structs.replace(request, n=1, sampling=sampling),
-                )
-            )
-        return _Prepared(request, tuple(requests))
+        sampling = request.sampling
+        if sampling.seed is None:
+            sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(31))
+        ids = _stand_in_ids(request)
+        return _Prepared(request, tuple(self._choice(request, sampling, ids, k) for k in range(request.n)))
+
+    def _choice(
+        self, request: GenerationRequest, sampling: SamplingParams, ids: tuple[int, ...], k: int
+    ) -> EngineRequest:
+        if k:
+            assert sampling.seed is not None
+            sampling = msgspec.structs.replace(sampling, seed=sampling.seed + k)
+        return EngineRequest(
+            request_id=request.request_id if request.n == 1 else f"{request.request_id}/{k}",
+            trace_id=request.trace_id,
+            prompt_token_ids=ids,
+            sampling=sampling,
+            priority=request.priority,
+            deadline_s=request.deadline_s,
+            adapter=request.adapter,
+            source=request,
+        )
 
     def decoder(self, prepared: PreparedRequest, index: int) -> _PassThrough:
         """Return a decoder that shows what the engine said."""
@@ -131,8 +136,16 @@ class ForeignChatModel:
         raise UnsupportedError(f"model {self.model_id!r} runs on an engine over HTTP: its tokenizer is not here")
 
 
-def _characters(request: GenerationRequest) -> int:
+def _stand_in_ids(request: GenerationRequest) -> tuple[int, ...]:
+    """Return numbers in place of the ids that only the engine knows: one for each four bytes of the prompt.
+
+    They are never sent. Their count tells the load, and equal beginnings have equal numbers, so that the prefix index works.
+    """
     if request.messages is not None:
-        return sum(len(message.content or "") for message in request.messages)
-    prompt = request.prompt or ""
-    return len(prompt) if isinstance(prompt, str) else len(prompt) * _CHARACTERS_PER_TOKEN
+        text = "\x1e".join([f"{message.role}\x1f{message.content or ''}" for message in request.messages])
+    elif isinstance(request.prompt, str):
+        text = request.prompt
+    else:
+        return request.prompt or (0,)
+    data = text.encode("utf-8", "surrogatepass")
+    return tuple(memoryview(data + b"\0" * (-len(data) % 4)).cast("i")) or (0,)

@@ -58,7 +58,7 @@ class Edge:
                 await refuse(problem, scope, answer)
         finally:
             seconds = time.perf_counter() - began
-            if self.gateway.config.access_log:
+            if self.gateway.config.access_log and access.isEnabledFor(logging.INFO):
                 _log(scope, status, seconds)
             for observe in self.observers:
                 observe(scope, status, seconds)
