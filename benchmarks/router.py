@@ -1,10 +1,11 @@
 """What a router adds, and what it loses: ours and others over the same mock engines, in interleaved rounds.
 
-    python benchmarks/router.py --peer smg=/venv/bin/smg ...
+    make bench-router                                    installs the peers, each into an environment of its own, and runs this
+    python benchmarks/router.py [--peers DIR] [--only NAME,...] [--json FILE]
 
-Each peer is a command line that gets ``{port}`` and ``{engines}`` (URLs with spaces) filled in. Measured on loopback: time to the first
-token and to the end at a fixed rate (direct and through each router), requests a second over a number of connections, and streams
-that end without ``[DONE]`` while one engine cuts its streams and another is killed.
+Measured on loopback, direct and through each router: time to the first token at fixed rates, streamed and whole answers a second
+over 32 connections, CPU time of a streamed request, and streams that end without ``[DONE]`` while one engine cuts its streams and another
+is killed. Routers run with their own default policy; ours with everything on: journal, recovery, admission, metrics.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -42,14 +44,14 @@ class Connection:
         self.port = port
         self.reader: asyncio.StreamReader | None = None
 
-    async def ask(self, tokens: int, serial: int) -> tuple[float, float, bool]:
-        """Return seconds to the first token, seconds to the end, and whether the stream was whole."""
+    async def ask(self, tokens: int, serial: int, *, stream: bool = True) -> tuple[float, float, bool]:
+        """Return seconds to the first token, seconds to the end, and whether the answer was whole."""
         if self.reader is None:
             self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
             sock = self.writer.get_extra_info("socket")
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         message = {"role": "user", "content": f"Request number {serial} of the benchmark, please answer."}
-        body = json.dumps({"model": "mock", "messages": [message], "max_tokens": tokens, "stream": True}).encode()
+        body = json.dumps({"model": "mock", "messages": [message], "max_tokens": tokens, "stream": stream}).encode()
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{self.port}\r\ncontent-type: application/json\r\n"
         )
@@ -64,14 +66,22 @@ class Connection:
             data += piece
             if not first and b'"tok ' in data:
                 first = time.perf_counter() - began
-            if data.endswith(b"0\r\n\r\n") or (b"[DONE]" in data and data.endswith(b"\r\n\r\n")):
-                if b"transfer-encoding" not in data.lower().split(b"\r\n\r\n")[0]:
-                    self.reader = None
-                return first, time.perf_counter() - began, b"[DONE]" in data
+            if _is_whole(data):
+                return first, time.perf_counter() - began, (b"[DONE]" in data) if stream else (b'"usage"' in data)
 
     def close(self) -> None:
         if self.reader is not None:
             self.writer.close()
+
+
+def _is_whole(data: bytes) -> bool:
+    head, end, body = data.partition(b"\r\n\r\n")
+    if not end:
+        return False
+    at = (low := head.lower()).find(b"content-length:")
+    if at >= 0:
+        return len(body) >= int(low[at + 15 :].split(b"\r\n", 1)[0])
+    return body.endswith(b"0\r\n\r\n")
 
 
 async def at_rate(port: int, rate: float, seconds: float, tokens: int) -> list[float]:
@@ -98,7 +108,7 @@ async def at_rate(port: int, rate: float, seconds: float, tokens: int) -> list[f
     return firsts
 
 
-async def flat_out(port: int, connections: int, seconds: float, tokens: int) -> float:
+async def flat_out(port: int, connections: int, seconds: float, tokens: int, *, stream: bool = True) -> float:
     """Closed loop: requests a second."""
     done, until = 0, time.perf_counter() + seconds
 
@@ -106,7 +116,7 @@ async def flat_out(port: int, connections: int, seconds: float, tokens: int) -> 
         nonlocal done
         connection, serial = Connection(port), number
         while time.perf_counter() < until:
-            _first, _end, whole = await connection.ask(tokens, serial)
+            _first, _end, whole = await connection.ask(tokens, serial, stream=stream)
             serial += connections
             done += whole
         connection.close()
@@ -144,6 +154,10 @@ def cpu_seconds(process: subprocess.Popen) -> float:
     return 0.0
 
 
+class NotServing(Exception):
+    """A router did not come up."""
+
+
 class Cluster:
     """Mock engines and routers as processes."""
 
@@ -163,24 +177,30 @@ class Cluster:
         port = free_port()
         urls = " ".join(f"http://127.0.0.1:{engine}" for engine in engines)
         command = template.format(
-            port=port, engines=urls, ports=" ".join(map(str, engines)), python=sys.executable, here=HERE
+            port=port,
+            metrics=free_port(),
+            engines=urls,
+            ports=" ".join(map(str, engines)),
+            python=sys.executable,
+            here=HERE,
         )
-        self.processes.append(
-            subprocess.Popen(shlex.split(command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        )
+        log = tempfile.TemporaryFile()  # noqa: SIM115 - read when the router does not come up
+        process = subprocess.Popen(shlex.split(command), stdout=log, stderr=subprocess.STDOUT)
+        self.processes.append(process)
         body = json.dumps(
             {"model": "mock", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "stream": True}
         )
         deadline = time.monotonic() + 40
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and process.poll() is None:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 request = urllib.request.Request(
                     f"http://127.0.0.1:{port}/v1/chat/completions", body.encode(), {"content-type": "application/json"}
                 )
                 if b"[DONE]" in urllib.request.urlopen(request, timeout=5).read():
-                    return port, self.processes[-1]
+                    return port, process
             time.sleep(0.2)
-        raise SystemExit(f"no answer from: {command}")
+        log.seek(0)
+        raise NotServing(f"no answer from: {command}\n{log.read()[-2000:].decode(errors='replace')}")
 
     def close(self) -> None:
         for process in self.processes:
@@ -189,55 +209,136 @@ class Cluster:
 
 
 OURS = "{python} {here}/router_ours.py {port} {ports}"
+_COMMON = "--host 127.0.0.1 --port {port} --prometheus-port {metrics} --worker-urls {engines}"
+#: Package and version, and how it is started; each gets a port of its own for its metrics, which is the same for all by default.
+PEERS = {
+    "sglang-router": ("sglang-router==0.3.2", f"sglang-router launch {_COMMON} --log-level error"),
+    "vllm-router": ("vllm-router==0.1.17", f"vllm-router {_COMMON} --log-level error"),
+    "smg": ("smg==1.13.0", f"smg launch {_COMMON} --backend openai --log-level error"),
+}
+RATES = (200, 1000)
+
+
+def install(root: Path) -> None:
+    """Put each peer into an environment of its own."""
+    for name, (package, _command) in PEERS.items():
+        if not (root / name / "bin" / name).exists():
+            subprocess.run([sys.executable, "-m", "venv", str(root / name)], check=True)
+            subprocess.run([str(root / name / "bin" / "pip"), "install", "--quiet", package], check=True)
+
+
+def quantile(values: list[float], q: float) -> float:
+    return sorted(values)[int(len(values) * q)] * 1000 if values else float("nan")
+
+
+async def measure(name: str, port: int, router: subprocess.Popen | None, options: argparse.Namespace) -> dict:
+    row = {}
+    for rate in RATES:
+        firsts = await at_rate(port, rate, options.seconds, options.tokens)
+        row[f"p50_ms_{rate}"], row[f"p99_ms_{rate}"] = quantile(firsts, 0.5), quantile(firsts, 0.99)
+    before = cpu_seconds(router) if router is not None else 0.0
+    row["rps"] = await flat_out(port, 32, options.seconds, options.tokens)
+    if router is not None:
+        row["cpu_us"] = (cpu_seconds(router) - before) / max(row["rps"] * options.seconds, 1) * 1e6
+    row["rps_whole"] = await flat_out(port, 32, options.seconds, options.tokens, stream=False)
+    return row
+
+
+async def speed(templates: dict[str, str], options: argparse.Namespace) -> dict[str, list[dict]]:
+    """Interleaved rounds over four engines that answer at once."""
+    cluster = Cluster()
+    report: dict[str, list[dict]] = {}
+    try:
+        engines = [cluster.engine()[0] for _ in range(4)]
+        targets: dict[str, tuple[int, subprocess.Popen | None]] = {"direct": (engines[0], None)}
+        for name, template in templates.items():
+            try:
+                targets[name] = cluster.router(template, engines)
+            except NotServing as error:
+                print(f"{name}: {error}", file=sys.stderr)
+        for port, _process in targets.values():
+            await flat_out(port, 8, 0.3, options.tokens)
+        for _ in range(options.rounds):
+            for name, (port, process) in targets.items():
+                report.setdefault(name, []).append(await measure(name, port, process, options))
+    finally:
+        cluster.close()
+    return report
+
+
+async def lost(template: str) -> int:
+    """Streams of 400 that break: one engine cuts each stream after 8 of 30 tokens, one is killed, two are sound."""
+    cluster = Cluster()
+    try:
+        cut = cluster.engine("--token-ms", "5", "--abort-after", "8")[0]
+        doomed_port, doomed = cluster.engine("--token-ms", "5")
+        sound = [cluster.engine("--token-ms", "5")[0] for _ in range(2)]
+        # The router starts over sound engines; its readiness probe must not run into the cut one.
+        port, _process = cluster.router(template, [*sound, doomed_port, cut])
+        return await streams_lost(port, 400, 30, doomed)
+    finally:
+        cluster.close()
+
+
+def table(report: dict[str, dict]) -> str:
+    base = report["direct"]
+    head = [
+        "router",
+        *(f"added p50, p99 at {rate}/s [ms]" for rate in RATES),
+        "streams/s",
+        "whole/s",
+        "CPU [us]",
+        "lost of 400",
+    ]
+    lines = [head, ["---"] * len(head)]
+    for name, row in report.items():
+        if name == "direct":
+            added = [f"({row[f'p50_ms_{r}']:.2f}, {row[f'p99_ms_{r}']:.2f})" for r in RATES]
+        else:
+            added = [
+                ", ".join(f"{row[f'{q}_ms_{r}'] - base[f'{q}_ms_{r}']:+.2f}" for q in ("p50", "p99")) for r in RATES
+            ]
+        rest = [
+            f"{row['rps']:,.0f}",
+            f"{row['rps_whole']:,.0f}",
+            f"{row.get('cpu_us', 0):.0f}",
+            str(row.get("lost", "-")),
+        ]
+        lines.append([name, *added, *rest])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", action="append", default=[], help="name=command line with {port} and {engines}")
+    parser.add_argument("--peers", type=Path, help="folder with an environment for each peer; made by --install")
+    parser.add_argument("--install", action="store_true", help="make those environments, and end")
+    parser.add_argument("--only", help="names, with commas; ours is isagellm")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    templates = {"isagellm": OURS} | dict(peer.split("=", 1) for peer in options.peer)
-    report = {name: {"p50_ms": [], "p99_ms": [], "rps": [], "cpu_us": []} for name in ["direct", *templates]}
-    cluster = Cluster()
-    try:
-        engines = [cluster.engine()[0] for _ in range(4)]
-        routers = {name: cluster.router(text, engines) for name, text in templates.items()}
-        ports = {"direct": engines[0]} | {name: port for name, (port, _process) in routers.items()}
-        for _ in range(options.rounds):
-            for name, port in ports.items():
-                firsts = sorted(await at_rate(port, 200, options.seconds, options.tokens))
-                report[name]["p50_ms"].append(firsts[len(firsts) // 2] * 1000)
-                report[name]["p99_ms"].append(firsts[int(len(firsts) * 0.99)] * 1000)
-                before = cpu_seconds(routers[name][1]) if name in routers else 0.0
-                rps = await flat_out(port, 32, options.seconds, options.tokens)
-                report[name]["rps"].append(rps)
-                spent = cpu_seconds(routers[name][1]) - before if name in routers else 0.0
-                report[name]["cpu_us"].append(spent / max(rps * options.seconds, 1) * 1e6)
-    finally:
-        cluster.close()
-    for name, template in templates.items():
-        cluster = Cluster()
-        try:
-            cut = cluster.engine("--token-ms", "5", "--abort-after", "8")[0]
-            doomed_port, doomed = cluster.engine("--token-ms", "5")
-            sound = [cluster.engine("--token-ms", "5")[0] for _ in range(2)]
-            # The router starts over sound engines; its readiness probe must not run into the cut one.
-            port, _process = cluster.router(template, [*sound, doomed_port, cut])
-            report[name]["lost_of_400"] = await streams_lost(port, 400, 30, doomed)
-        finally:
-            cluster.close()
-    base = statistics.median(report["direct"]["p50_ms"])
-    for name, row in report.items():
-        p50, p99, rps, cpu = (statistics.median(row[key]) for key in ("p50_ms", "p99_ms", "rps", "cpu_us"))
-        lost = row.get("lost_of_400", "-")
-        print(
-            f"{name:<16} p50 {p50:6.2f} ms (added {p50 - base:+.2f})  p99 {p99:7.2f} ms  {rps:8.0f} req/s  {cpu:6.0f} us CPU a request  lost of 400: {lost}"
-        )
+    if options.install:
+        install(options.peers)
+        return
+    templates = {"isagellm": OURS}
+    if options.peers is not None:
+        templates |= {
+            name: f"{(options.peers / name / 'bin').absolute()}/{command}" for name, (_p, command) in PEERS.items()
+        }
+    if options.only:
+        templates = {name: templates[name] for name in options.only.split(",")}
+    rounds = await speed(templates, options)
+    report = {
+        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in rounds.items()
+    }
+    for name in report:
+        if name in templates:
+            report[name]["lost"] = await lost(templates[name])
+    print(table(report))
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"median": report, "rounds": rounds}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

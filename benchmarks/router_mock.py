@@ -36,6 +36,21 @@ def plain(value: object) -> bytes:
     return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
 
 
+def whole(tokens: int) -> bytes:
+    message = {"role": "assistant", "content": "tok " * tokens}
+    usage = {"prompt_tokens": 16, "completion_tokens": tokens, "total_tokens": 16 + tokens}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+    answer = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": MODEL,
+        "choices": [choice],
+        "usage": usage,
+    }
+    return plain(answer)
+
+
 MODELS = plain({"object": "list", "data": [{"id": MODEL, "object": "model", "max_model_len": 8192}]})
 INFO = plain(
     {"model_path": MODEL, "served_model_name": MODEL, "tokenizer_path": MODEL, "is_generation": True, "status": "ok"}
@@ -74,8 +89,11 @@ class Engine(asyncio.Protocol):
         if not path.endswith(b"completions"):
             self.transport.write(MODELS if path.endswith(b"/models") else INFO)
             return
-        tokens = json.loads(body).get("max_tokens", 16)
-        if self.token_s or self.abort_after is not None:
+        asked = json.loads(body)
+        tokens = asked.get("max_tokens", 16)
+        if not asked.get("stream"):
+            self.transport.write(whole(tokens))
+        elif self.token_s or self.abort_after is not None:
             task = asyncio.get_running_loop().create_task(self.slowly(tokens))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
