@@ -231,7 +231,7 @@ def quantile(values: list[float], q: float) -> float:
     return sorted(values)[int(len(values) * q)] * 1000 if values else float("nan")
 
 
-async def measure(name: str, port: int, router: subprocess.Popen | None, options: argparse.Namespace) -> dict:
+async def measure(port: int, router: subprocess.Popen | None, options: argparse.Namespace) -> dict:
     row = {}
     for rate in RATES:
         firsts = await at_rate(port, rate, options.seconds, options.tokens)
@@ -254,13 +254,13 @@ async def speed(templates: dict[str, str], options: argparse.Namespace) -> dict[
         for name, template in templates.items():
             try:
                 targets[name] = cluster.router(template, engines)
-            except NotServing as error:
+            except NotServing as error:  # noqa: PERF203 - the others are measured all the same
                 print(f"{name}: {error}", file=sys.stderr)
         for port, _process in targets.values():
             await flat_out(port, 8, 0.3, options.tokens)
         for _ in range(options.rounds):
             for name, (port, process) in targets.items():
-                report.setdefault(name, []).append(await measure(name, port, process, options))
+                report.setdefault(name, []).append(await measure(port, process, options))
     finally:
         cluster.close()
     return report
@@ -332,9 +332,9 @@ async def main() -> None:
     report = {
         name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in rounds.items()
     }
-    for name in report:
+    for name, row in report.items():
         if name in templates:
-            report[name]["lost"] = await lost(templates[name])
+            row["lost"] = await lost(templates[name])
     print(table(report))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)

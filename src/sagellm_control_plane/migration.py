@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from sagellm_control_plane.config import HedgeConfig, RetryConfig
+from sagellm_control_plane.events import unavailable
+from sagellm_control_plane.records import Record
+from sagellm_control_plane.stats import Stats
 from sagellm_control_plane.view import EngineView
+from sagellm_protocol.errors import Error, ErrorCode
 
-__all__ = ["Budget", "blame", "hedge_budget", "note_death", "retry_budget"]
+__all__ = ["Budget", "Retries", "blame", "hedge_budget", "note_death"]
 
 #: Failures of one death reach us one by one; those within this time of the first belong to it.
 SAME_DEATH_S = 1.0
@@ -41,11 +45,6 @@ class Budget:
         return True
 
 
-def retry_budget(config: RetryConfig) -> Budget:
-    """Return the budget of retries before the first token."""
-    return Budget(config.budget_ratio, config.budget_min, config.budget_min / 10.0)
-
-
 def hedge_budget(config: HedgeConfig) -> Budget:
     """Return the budget of second attempts: a share of the arrivals and nothing else."""
     return Budget(config.budget_ratio, 0.0, 0.0)
@@ -72,3 +71,49 @@ def note_death(engine: EngineView, now: float) -> None:
     engine.death_at = now
     engine.death_alone = engine.running == 1
     engine.death_suspects = engine.suspects
+
+
+class Retries:
+    """Says whether a sequence whose attempt failed is sent on."""
+
+    def __init__(self, config: RetryConfig, stats: Stats) -> None:
+        self._config = config
+        self._stats = stats
+        self._budget = Budget(config.budget_ratio, config.budget_min, config.budget_min / 10.0)
+
+    def on_arrival(self) -> None:
+        """A request arrived: the budget grows."""
+        self._budget.on_arrival()
+
+    def verdict(self, record: Record, error: Error, now: float) -> Error | None:
+        """Return the error to tell the client, or None when the sequence is sent on."""
+        request = record.request
+        if not error.retryable:
+            return error
+        stop = self._no_more_tries(record, error, now)
+        if stop is not None or request.emitted:
+            self._stats.migrations += stop is None
+            return stop
+        if not self._budget.take(now):
+            return unavailable(f"the retry budget is spent; the attempt failed with: {error.message}", 1.0)
+        self._stats.retries += 1
+        return None
+
+    def _no_more_tries(self, record: Record, error: Error, now: float) -> Error | None:
+        """Return why a retryable failure is final for this sequence, budget aside."""
+        config = self._config
+        if record.suspicion >= config.poison_limit:
+            self._stats.poisoned += 1
+            return Error(
+                code=ErrorCode.ENGINE_DIED,
+                message=f"{record.tries} engines ended while they held this request: it is not sent to another one",
+            )
+        if record.tries >= config.max_attempts:
+            if error.code is ErrorCode.RESOURCE_EXHAUSTED:
+                return error  # every engine was full, none was away: that is a 429, not a 503
+            return unavailable(f"{record.tries} attempts failed, the last one with: {error.message}")
+        if record.request.emitted and record.request.journal == "none":
+            return unavailable(f"the engine cannot continue elsewhere what it began: {error.message}")
+        if record.request.deadline_at <= now:
+            return Error(code=ErrorCode.DEADLINE_EXCEEDED, message="the request's deadline passed while it was retried")
+        return None

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sagellm_gateway.config import GatewayConfig
 from sagellm_gateway.context import Gateway
@@ -63,14 +63,26 @@ def create_app(
 
 
 class _Application(Starlette):
-    """Starlette without its two layers that turn exceptions into answers: `Endpoint` does that, in the shape of each dialect."""
+    """Starlette without what never acts here.
+
+    `Endpoint` turns exceptions into answers, in the shape of each dialect; paths are looked up by our own `Router`. Starlette's router is
+    asked for the lifespan, and for routes that somebody adds to the application.
+    """
 
     def build_middleware_stack(self) -> ASGIApp:
         """Return what was added by `add_middleware`, around the router."""
-        app: ASGIApp = self.router
+        router = self.router
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http" and not router.routes:
+                await router.default(scope, receive, send)
+            else:
+                await router(scope, receive, send)
+
+        stack: ASGIApp = app
         for factory, args, kwargs in reversed(self.user_middleware):
-            app = factory(app, *args, **kwargs)
-        return app
+            stack = factory(stack, *args, **kwargs)
+        return stack
 
 
 @contextlib.asynccontextmanager

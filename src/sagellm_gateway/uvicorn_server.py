@@ -108,10 +108,14 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._in_headers:
             self._header_size += len(data)
-            if self._header_timer is None:
-                self._header_timer = self.loop.call_later(self.header_seconds, self._header_timeout)
         super().data_received(data)
-        if self._in_headers and self._header_size > self.header_bytes and not self.transport.is_closing():
+        if self._in_headers and self._header_size:
+            self._header_is_unfinished()
+
+    def _header_is_unfinished(self) -> None:
+        if self._header_timer is None:
+            self._header_timer = self.loop.call_later(self.header_seconds, self._header_timeout)
+        if self._header_size > self.header_bytes and not self.transport.is_closing():
             self._refuse(
                 b"431 Request Header Fields Too Large",
                 "headers_too_large",

@@ -194,7 +194,7 @@ def drain(state: ControlState, now: float) -> list[str]:
 
     order = []
     while state.active:
-        running = [r for r in state._records.values() if r.attempts]
+        running = [r for r in state.records.all() if r.attempts]
         if not running:
             break
         name = running[0].request.request_id

@@ -153,7 +153,8 @@ class Dispatcher:
             timer.cancel()
         if self._sequences.get(sequence.request_id) is not sequence:
             return
-        self.feed(RequestCancelled(sequence.request_id, sequence.emitted, finished))
+        if not sequence.finished:
+            self.feed(RequestCancelled(sequence.request_id, sequence.emitted, finished))
         del self._sequences[sequence.request_id]
         sequence.ended = True
 

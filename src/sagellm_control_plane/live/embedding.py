@@ -22,6 +22,7 @@ class EmbeddingJob:
     def __init__(self, request: EmbedRequest, feed: Callable[[Event], None]) -> None:
         self.request = request
         self.ended = False
+        self.finished = False  # the core knows that it has finished
         self.result: asyncio.Future[EmbedResult] = asyncio.get_running_loop().create_future()
         self._feed = feed
         self._attempts: dict[int, tuple[str, asyncio.Task[EmbedResult]]] = {}
@@ -61,7 +62,7 @@ class EmbeddingJob:
             return
         error = task.exception()
         if error is None:
-            self.ended = True
+            self.ended = self.finished = True
             if not self.result.done():
                 self.result.set_result(task.result())
             self._feed(AttemptFinished(self.request_id, number, 0))

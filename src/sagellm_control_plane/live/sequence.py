@@ -88,6 +88,7 @@ class Sequence:
         self.journal: list[int] = list(request.emitted_token_ids)
         self.engine_id = ""
         self.ended = False
+        self.finished = False  # the core knows that it has finished
         self.cached_tokens = 0
         self.prompt_tokens: int | None = None
         self.engines: list[str] = []
@@ -226,7 +227,7 @@ class Sequence:
             self._text.append(delta.text or "")
         self._mailbox.put(self.index, delta)
         if delta.finish_reason is not None:
-            self.ended = True
+            self.ended = self.finished = True
             del self._attempts[attempt.number]
             self._feed(AttemptFinished(self.request_id, attempt.number, self.emitted))
 
