@@ -6,7 +6,6 @@ import itertools
 import random
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -20,12 +19,10 @@ from sagellm_control_plane.live.block_feed import BlockFeed
 from sagellm_control_plane.live.dispatcher import Dispatcher
 from sagellm_control_plane.live.engines import Engines
 from sagellm_control_plane.live.foreign import foreign_engine
-from sagellm_control_plane.live.generation import Generation
 from sagellm_control_plane.live.lifecycle import ClientFactory, LifecycleDriver, ModelCatalog, RestartPolicy
 from sagellm_control_plane.live.probes import Prober
-from sagellm_control_plane.live.requests import RequestEntry, RequestTable
 from sagellm_control_plane.live.scaling import Scaling
-from sagellm_control_plane.live.v01 import V01Requests
+from sagellm_control_plane.live.serving import Serving
 from sagellm_control_plane.policies import policy_named
 from sagellm_control_plane.routing import route_named
 from sagellm_control_plane.state import ControlState
@@ -38,9 +35,8 @@ from sagellm_control_plane.types import (
     RequestStatus,
     SchedulingMetrics,
 )
-from sagellm_control_plane.view import RequestView
-from sagellm_protocol.embedding import EmbeddingRequest, EmbedRequest, EmbedResult, ScoreRequest
-from sagellm_protocol.errors import CancelledRequestError, InvalidArgumentError, SageError, UnavailableError
+from sagellm_protocol.embedding import EmbeddingRequest, EmbedResult, ScoreRequest
+from sagellm_protocol.errors import InvalidArgumentError
 from sagellm_protocol.generation import GenerationEvent, GenerationRequest
 from sagellm_protocol.ports import ChatModel, EmbeddingModel, EngineClient
 from sagellm_protocol.types import Request, Response, StreamEvent
@@ -144,10 +140,8 @@ class ControlPlaneManager:
             else None
         )
         self._driver = driver
-        self._requests = RequestTable()
-        self._v01 = V01Requests(self._requests, self._open)
+        self._serving = Serving(self._dispatcher, self._engines, self._adapters, self._scaling)
         self._started_at: float | None = None
-        self._stopping = False
         self._serial = itertools.count()
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -156,7 +150,7 @@ class ControlPlaneManager:
         """Take over what an earlier control plane on the same store left, and begin to watch engines. Idempotent."""
         if self._started_at is None:
             self._started_at = time.monotonic()
-            self._stopping = False
+            self._serving.open()
             await self._engines.recover()
             self._prober.start()
             self._block_feed.start()
@@ -165,15 +159,9 @@ class ControlPlaneManager:
 
     async def stop(self, *, grace_s: float = 0.0) -> None:
         """Refuse new requests, give running ones `grace_s` seconds, then end everything. Idempotent."""
-        if self._started_at is None and self._stopping:
+        if self._started_at is None and self._serving.closed:
             return
-        self._stopping = True
-        if grace_s > 0.0:
-            await self._requests.wait_empty(grace_s)
-        for entry in self._requests.running():
-            if entry.generation is not None:
-                entry.generation.cancel()
-        await self._v01.close()
+        await self._serving.close(grace_s)
         if self._scaling is not None:
             await self._scaling.stop()
         await self._block_feed.stop()
@@ -353,46 +341,13 @@ class ControlPlaneManager:
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Run a request: start, deltas, end. Closing the generator aborts everything.
 
         Raises:
             SageError: before the first event where possible.
         """
-        await self._ensure(self._adapters.base_of(request.model))
-        entry = self._open(request)
-        generation = entry.generation
-        assert generation is not None
-        status = RequestStatus.CANCELLED
-        try:
-            entry.status = RequestStatus.RUNNING
-            async for event in generation.events():
-                yield event
-            status = RequestStatus.COMPLETED
-        except CancelledRequestError:
-            raise
-        except SageError:
-            status = RequestStatus.FAILED
-            raise
-        finally:
-            generation.close()
-            self._requests.end(request.request_id, status, keep=False)
-
-    def _open(self, request: GenerationRequest) -> RequestEntry:
-        self._refuse_when_stopping()
-        request = self._adapters.applied(request)
-        entry = RequestEntry(Generation(self._dispatcher, self._engines.chat_model(request.model), request))
-        self._requests.begin(request.request_id, entry)
-        return entry
-
-    async def _ensure(self, model: str) -> None:
-        """With autoscaling, a model that nobody serves is started when it is asked for."""
-        if self._scaling is not None and not self._stopping:
-            await self._scaling.ensure(model)
-
-    def _refuse_when_stopping(self) -> None:
-        if self._stopping:
-            raise UnavailableError("the control plane is stopping: try another one", retry_after_s=1.0)
+        return self._serving.generate(request)
 
     async def execute_request(self, request: Request) -> Response:
         """Run a v0.1 request to its end. Failures are in the response's `error`.
@@ -400,20 +355,15 @@ class ControlPlaneManager:
         Raises:
             InvalidArgumentError: the request itself is wrong.
         """
-        await self._ensure(self._adapters.base_of(request.model))
-        return await self._v01.execute(request)
+        return await self._serving.execute(request)
 
-    async def stream_request(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
+    def stream_request(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
         """Run a v0.1 request and yield its events."""
-        await self._ensure(self._adapters.base_of(request.model))
-        async with aclosing(self._v01.stream(request)) as events:
-            async for event in events:
-                yield event
+        return self._serving.stream(request)
 
     async def submit_request(self, request: Request) -> str:
         """Run a v0.1 request in the background and return its id; the result can be asked for by it."""
-        await self._ensure(self._adapters.base_of(request.model))
-        return self._v01.submit(request)
+        return await self._serving.submit(request)
 
     async def embed(self, request: EmbeddingRequest) -> EmbedResult:
         """Compute vectors; cancelling the awaiting task cancels the work.
@@ -422,9 +372,7 @@ class ControlPlaneManager:
             ModelNotFoundError: no engine serves the model.
             UnsupportedError: it gives no vectors.
         """
-        request = self._adapters.applied(request)
-        await self._ensure(request.model)
-        return await self._embed(request.model, self._engines.embedding_model(request.model).prepare_embedding(request))
+        return await self._serving.embed(request)
 
     async def score(self, request: ScoreRequest) -> EmbedResult:
         """Score documents against a query; `sagellm_protocol.embedding.relevance` reads the result.
@@ -433,27 +381,7 @@ class ControlPlaneManager:
             ModelNotFoundError: no engine serves the model.
             UnsupportedError: it cannot score.
         """
-        request = self._adapters.applied(request)
-        await self._ensure(request.model)
-        return await self._embed(request.model, self._engines.embedding_model(request.model).prepare_score(request))
-
-    async def _embed(self, model: str, request: EmbedRequest) -> EmbedResult:
-        self._refuse_when_stopping()
-        view = RequestView(
-            request_id=request.request_id,
-            model=model,
-            prompt_tokens=sum(map(len, request.inputs)),
-            kind="embedding",
-            priority=request.priority,
-            deadline_s=request.deadline_s,
-            adapter=request.adapter or "",
-            arrived_at=self._dispatcher.clock(),
-        )
-        job = self._dispatcher.open_embedding(request, view)
-        try:
-            return await job.result
-        finally:
-            self._dispatcher.close(job)
+        return await self._serving.score(request)
 
     async def get_embeddings(self, texts: Sequence[str], model: str) -> list[list[float]]:
         """Return one vector for each text."""
@@ -466,10 +394,7 @@ class ControlPlaneManager:
         Raises:
             InvalidArgumentError: unknown, or it ended long ago.
         """
-        entry = self._requests.get(request_id)
-        if entry.status is RequestStatus.RUNNING and entry.generation is not None and entry.generation.waiting:
-            return RequestStatus.QUEUED
-        return entry.status
+        return self._serving.status_of(request_id)
 
     async def get_request_result(self, request_id: str, timeout_s: float | None = None) -> Response:
         """Wait for a submitted request and return its response.
@@ -478,15 +403,11 @@ class ControlPlaneManager:
             InvalidArgumentError: unknown, or its result was never kept (it was streamed).
             DeadlineExceededError: it did not end within `timeout_s`; it goes on.
         """
-        return await self._v01.result(request_id, timeout_s)
+        return await self._serving.result(request_id, timeout_s)
 
     def cancel_request(self, request_id: str) -> bool:
         """Cancel a request, queued or running; False if it is not under way."""
-        entry = self._requests.find_running(request_id)
-        if entry is None or entry.generation is None:
-            return False
-        entry.generation.cancel()
-        return True
+        return self._serving.cancel(request_id)
 
     # -- observe ---------------------------------------------------------------------------------------------------
 

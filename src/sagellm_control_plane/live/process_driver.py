@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
-import secrets
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from enum import Enum
 from pathlib import Path
 
-import msgspec
-
-from sagellm_control_plane.live.child import Child, describe_exit
-from sagellm_control_plane.live.engine_log import EngineLog, file_name, log_path
+from sagellm_control_plane.live.child import describe_exit
+from sagellm_control_plane.live.engine_log import EngineLog, log_path
+from sagellm_control_plane.live.engine_process import EngineProcess, ProcessInfo, ProcessOptions, ProcessState
+from sagellm_control_plane.live.launch import ArgvFactory, Launcher, quoted
 from sagellm_control_plane.live.lifecycle import EngineExit, EngineSpec, LifecycleListener
-from sagellm_control_plane.live.processes import (
-    AdoptedProcess,
-    identity,
-    is_alive,
-    make_private,
-    own_identity,
-    port_is_free,
-    visible_gpus,
-)
+from sagellm_control_plane.live.processes import AdoptedProcess, is_alive, own_identity
 from sagellm_control_plane.live.store import ProcessRecord, Store
-from sagellm_control_plane.live.wire_client import WireEngineClient, WireTimeouts
+from sagellm_control_plane.live.wire_client import WireEngineClient
 from sagellm_protocol.errors import InvalidArgumentError, SageError, UnavailableError
 from sagellm_protocol.ports import EngineClient
-from sagellm_protocol.wire import StartReport
 
 __all__ = ["ArgvFactory", "ProcessDriver", "ProcessInfo", "ProcessOptions", "ProcessState"]
-
-ArgvFactory = Callable[[EngineSpec, str], Sequence[str]]
-"""(what to start, where it listens) -> command line. Where is the path of a Unix socket, or ``tcp://host:port`` (the token is in the
-environment). The driver adds ``--status-fd``, ``--parent-fd`` and ``--orphan-grace``."""
 
 _log = logging.getLogger(__name__)
 
@@ -45,99 +28,6 @@ _KILL_WAIT_S = 10.0
 _DUMP_WAIT_S = 1.0
 _ROTATE_EVERY_S = 5.0
 _ADOPT_WAIT_S = 5.0
-_TOKEN_VARIABLE = "SAGELLM_ENGINE_TOKEN"  # noqa: S105 (a name, not a token)
-
-
-class ProcessState(str, Enum):
-    """Where an engine process is in its life."""
-
-    STARTING = "starting"
-    READY = "ready"
-    BACKOFF = "backoff"
-    STOPPING = "stopping"
-    STOPPED = "stopped"
-    FAILED = "failed"
-
-
-class ProcessInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """An engine process as people see it; `started_at` is in unix seconds."""
-
-    engine_id: str
-    model_id: str
-    state: ProcessState
-    pid: int
-    restarts: int
-    started_at: float
-    address: str
-    log: str
-    reason: str = ""
-
-
-class ProcessOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Where things lie and how long they take.
-
-    Attributes:
-        run_dir: for sockets; short, because a socket's path has at most 107 bytes.
-        log_dir: for ``<engine>.log``.
-        log_bytes: of each log; twice that is kept.
-        timeouts: of the connections.
-        orphan_grace_s: seconds that an engine outlives a driver with a store, for the next driver to adopt it.
-        ports: of engines that listen on TCP, in order of preference.
-    """
-
-    run_dir: Path
-    log_dir: Path
-    log_bytes: int = 16 * 2**20
-    timeouts: WireTimeouts = WireTimeouts()
-    orphan_grace_s: float = 60.0
-    ports: tuple[int, ...] = tuple(range(8902, 9002))
-
-    @classmethod
-    def default(cls) -> ProcessOptions:
-        """Return the user's own directories: the runtime directory, and the state directory for logs."""
-        runtime = os.environ.get("XDG_RUNTIME_DIR")
-        run_dir = Path(runtime, "isagellm") if runtime else Path(tempfile.gettempdir(), f"isagellm-{os.getuid()}")
-        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-        return cls(run_dir=run_dir, log_dir=Path(state, "isagellm", "logs"))
-
-
-class _Engine:
-    """One supervised engine, over all its restarts."""
-
-    def __init__(self, spec: EngineSpec, listener: LifecycleListener, log: EngineLog) -> None:
-        self.spec = spec
-        self.listener = listener
-        self.address = ""
-        self.token = ""
-        self.log = log
-        self.state = ProcessState.STARTING
-        self.child: Child | AdoptedProcess | None = None
-        self.client: WireEngineClient | None = None
-        self.parent_fd: int | None = None
-        self.failures = 0
-        self.restarts = 0
-        self.started_at = 0.0
-        self.reason = ""
-        self.supervisor: asyncio.Task[None] | None = None
-
-    @property
-    def alive(self) -> bool:
-        """Whether it is, or will be, served."""
-        return self.state not in (ProcessState.STOPPED, ProcessState.FAILED)
-
-    def info(self) -> ProcessInfo:
-        """Return it for people."""
-        return ProcessInfo(
-            engine_id=self.spec.engine_id,
-            model_id=self.spec.model_id,
-            state=self.state,
-            pid=self.child.pid if self.child is not None and self.alive else 0,
-            restarts=self.restarts,
-            started_at=self.started_at,
-            address=self.address,
-            log=str(self.log.path),
-            reason=self.reason,
-        )
 
 
 class ProcessDriver:
@@ -161,12 +51,12 @@ class ProcessDriver:
         store: Store | None = None,
         on_change: Callable[[ProcessInfo], None] | None = None,
     ) -> None:
-        self._argv = argv
         self._options = options or ProcessOptions.default()
         self._store = store or Store()
-        self._orphan_grace_s = self._options.orphan_grace_s if store is not None else 0.0
+        grace_s = self._options.orphan_grace_s if store is not None else 0.0
+        self._launcher = Launcher(argv, self._options, self._store, grace_s)
         self._on_change = on_change
-        self._engines: dict[str, _Engine] = {}
+        self._engines: dict[str, EngineProcess] = {}
         self._rotator: asyncio.Task[None] | None = None
 
     @property
@@ -246,18 +136,18 @@ class ProcessDriver:
         self._watch(engine)
         return record.spec
 
-    def _new(self, spec: EngineSpec, listener: LifecycleListener) -> _Engine:
-        engine = _Engine(spec, listener, self._log_of(spec.engine_id))
+    def _new(self, spec: EngineSpec, listener: LifecycleListener) -> EngineProcess:
+        engine = EngineProcess(spec, listener, self._log_of(spec.engine_id))
         self._engines[spec.engine_id] = engine
         if self._rotator is None:
             self._rotator = asyncio.create_task(self._rotate_logs())
         return engine
 
-    def _watch(self, engine: _Engine) -> None:
+    def _watch(self, engine: EngineProcess) -> None:
         engine.supervisor = asyncio.create_task(self._supervise(engine))
         engine.supervisor.add_done_callback(_report_bug)
 
-    def _client(self, engine: _Engine) -> WireEngineClient:
+    def _client(self, engine: EngineProcess) -> WireEngineClient:
         return WireEngineClient(
             engine.spec.engine_id, engine.address, token=engine.token, timeouts=self._options.timeouts
         )
@@ -313,20 +203,11 @@ class ProcessDriver:
 
     # one start
 
-    async def _launch(self, engine: _Engine) -> EngineClient:
+    async def _launch(self, engine: EngineProcess) -> EngineClient:
         spec = engine.spec
         self._enter(engine, ProcessState.STARTING)
         deadline = time.monotonic() + spec.ready_timeout_s
-        status_fd = self._spawn(engine)
-        try:
-            line = await asyncio.wait_for(_read_line(status_fd), spec.ready_timeout_s)
-        except asyncio.TimeoutError:
-            raise UnavailableError(
-                f"engine {spec.engine_id!r} was not ready within {spec.ready_timeout_s:g} s{_quoted(engine.log.last_words())}"
-            ) from None
-        finally:
-            os.close(status_fd)
-        await self._check_report(engine, line)
+        await self._launcher.launch(engine)
         engine.client = client = self._client(engine)
         try:
             await asyncio.wait_for(client.connect(), max(1.0, deadline - time.monotonic()))
@@ -337,82 +218,9 @@ class ProcessDriver:
         engine.listener.engine_ready(spec.engine_id, client, engine.child.pid)
         return client
 
-    def _spawn(self, engine: _Engine) -> int:
-        """Start the process; return the file descriptor on which it reports."""
-        environ = self._reserve(engine)
-        make_private(self._options.run_dir)
-        try:
-            log_fd = engine.log.open()
-        except OSError as exc:
-            raise UnavailableError(
-                f"cannot write to {exc.filename}: {exc.strerror}: choose another directory"
-            ) from None
-        status_read, status_write = os.pipe()
-        parent_read, parent_write = os.pipe()
-        argv = [*self._argv(engine.spec, engine.address)]
-        argv += ["--status-fd", str(status_write), "--parent-fd", str(parent_read)]
-        argv += ["--orphan-grace", str(self._orphan_grace_s)]
-        try:
-            child = Child.spawn(argv, log_fd=log_fd, pass_fds=[status_write, parent_read], environ=environ)
-        except OSError as exc:
-            os.close(status_read)
-            os.close(parent_write)
-            raise UnavailableError(
-                f"engine {engine.spec.engine_id!r} cannot be executed: {exc.strerror}: check {argv[0]!r}"
-            ) from None
-        finally:
-            for fd in (status_write, parent_read, log_fd):
-                os.close(fd)
-        engine.child = child
-        engine.parent_fd = parent_write
-        engine.started_at = time.time()
-        self._store.put_process(
-            ProcessRecord(
-                engine_id=engine.spec.engine_id,
-                pid=child.pid,
-                identity=identity(child.pid),
-                address=engine.address,
-                token=engine.token,
-                started_at=engine.started_at,
-                owner=own_identity(),
-                spec=engine.spec,
-            )
-        )
-        return status_read
-
-    def _reserve(self, engine: _Engine) -> dict[str, str]:
-        """Choose address, token and GPUs; return what the process finds in its environment."""
-        spec, environ = engine.spec, {}
-        if spec.listen == "tcp":
-            ports = [str(port) for port in self._options.ports]
-            (port,) = self._store.reserve("port", spec.engine_id, ports, usable=port_is_free)
-            engine.address, engine.token = f"tcp://127.0.0.1:{port}", secrets.token_urlsafe(24)
-            environ[_TOKEN_VARIABLE] = engine.token
-        else:
-            engine.address = str(self._socket_path(spec.engine_id))
-        if spec.gpus:
-            gpus = self._store.reserve("gpu", spec.engine_id, visible_gpus(), spec.gpus)
-            environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        return environ
-
-    async def _check_report(self, engine: _Engine, line: bytes) -> None:
-        assert engine.child is not None
-        if not line:
-            returncode = await engine.child.wait()
-            raise UnavailableError(
-                f"engine {engine.spec.engine_id!r} {describe_exit(returncode)} while it started"
-                f"{_quoted(engine.log.last_words())}"
-            )
-        try:
-            report = msgspec.json.decode(line, type=StartReport)
-        except msgspec.MsgspecError:
-            raise UnavailableError(f"engine {engine.spec.engine_id!r} reported nonsense while it started") from None
-        if report.error is not None:
-            raise SageError.from_wire(report.error)
-
     # its life
 
-    async def _supervise(self, engine: _Engine) -> None:
+    async def _supervise(self, engine: EngineProcess) -> None:
         """Wait for the end, tell, and start again, until the policy gives up."""
         policy = engine.spec.restart
         while True:
@@ -422,7 +230,7 @@ class ProcessDriver:
             await self._end_child(engine, 0.0)
             if time.monotonic() - ready_since >= policy.stable_s:
                 engine.failures = 0
-            reason = describe_exit(returncode) + _quoted(engine.log.last_words())
+            reason = describe_exit(returncode) + quoted(engine.log.last_words())
             while True:
                 engine.failures += 1
                 engine.reason = reason
@@ -441,7 +249,7 @@ class ProcessDriver:
                 except SageError as exc:
                     returncode, reason = await self._end_child(engine, 0.0), exc.message
 
-    async def _end_child(self, engine: _Engine, grace_s: float) -> int | None:
+    async def _end_child(self, engine: EngineProcess, grace_s: float) -> int | None:
         """End the process and what belongs to it; return its exit status."""
         child = engine.child
         if child is not None and not child.ended:
@@ -463,16 +271,18 @@ class ProcessDriver:
         self._store.remove_process(engine.spec.engine_id)
         return child.returncode if child is not None else None
 
-    def _give_up(self, engine: _Engine) -> None:
+    def _give_up(self, engine: EngineProcess) -> None:
         self._store.release(engine.spec.engine_id)
         self._enter(engine, ProcessState.FAILED)
 
-    def _enter(self, engine: _Engine, state: ProcessState) -> None:
+    def _enter(self, engine: EngineProcess, state: ProcessState) -> None:
         engine.state = state
         if self._on_change is not None:
             self._on_change(engine.info())
 
-    def _tell_exit(self, engine: _Engine, returncode: int | None, reason: str, restart_in_s: float | None) -> None:
+    def _tell_exit(
+        self, engine: EngineProcess, returncode: int | None, reason: str, restart_in_s: float | None
+    ) -> None:
         engine.listener.engine_exited(
             EngineExit(
                 engine_id=engine.spec.engine_id,
@@ -485,10 +295,6 @@ class ProcessDriver:
 
     # files
 
-    def _socket_path(self, engine_id: str) -> Path:
-        digest = hashlib.blake2b(f"{os.getpid()} {engine_id}".encode(), digest_size=6).hexdigest()
-        return self._options.run_dir / f"{file_name(engine_id)[:24]}-{digest}.sock"
-
     def _log_of(self, engine_id: str) -> EngineLog:
         return EngineLog(log_path(self._options.log_dir, engine_id), self._options.log_bytes)
 
@@ -499,31 +305,6 @@ class ProcessDriver:
                 engine.log.rotate()
 
 
-def _quoted(words: str) -> str:
-    return f": {words}" if words else ""
-
-
 def _report_bug(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and task.exception() is not None:
         _log.error("the supervisor of an engine failed", exc_info=task.exception())
-
-
-async def _read_line(fd: int) -> bytes:
-    """Return the first line that comes from a pipe; empty if it ends without one."""
-    loop = asyncio.get_running_loop()
-    os.set_blocking(fd, False)
-    line: asyncio.Future[bytes] = loop.create_future()
-    buffer = bytearray()
-
-    def readable() -> None:
-        chunk = os.read(fd, 65536)
-        buffer.extend(chunk)
-        if (b"\n" in chunk or not chunk) and not line.done():
-            line.set_result(bytes(buffer).partition(b"\n")[0] if b"\n" in buffer else b"")
-            loop.remove_reader(fd)
-
-    loop.add_reader(fd, readable)
-    try:
-        return await line
-    finally:
-        loop.remove_reader(fd)
