@@ -77,6 +77,8 @@ SETTINGS: dict[str, Setting] = {
             "auto_scale", bool, False, "start and stop engines by demand; load a stored model when it is asked for"
         ),
         Setting("pd_separation", bool, False, "prefill on one engine and decode on another where that is faster"),
+        Setting("engine_file", str, None, "JSON or TOML list of engines that others run, followed while it changes"),
+        Setting("discover", bool, False, "look for servers of other makers on local ports"),
         Setting("ctx", int, None, "tokens of one sequence, prompt and output"),
         Setting("parallel", int, None, "sequences that run at the same time"),
         Setting("max_batch_tokens", int, None, "rows of one step: decode and prefill together"),

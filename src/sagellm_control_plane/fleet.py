@@ -32,6 +32,16 @@ class Fleet:
         self._view = view
         self._waiting = waiting
         self._stats = stats
+        self._shared: set[str] = set()
+
+    def on_tick(self, now: float) -> None:
+        """Forget what engines said of others' load when they have said nothing for too long."""
+        for engine_id in list(self._shared):
+            engine = self._view.engines.get(engine_id)
+            if engine is not None and now - engine.reported_at > self._config.health.stale_s:
+                engine.forget_report()
+            if engine is None or not engine.others:
+                self._shared.discard(engine_id)
 
     def on_joined(self, event: EngineJoined, _now: float) -> list[Command]:
         """Take in an engine that is not ready yet."""
@@ -80,9 +90,9 @@ class Fleet:
         engine = self._view.engines.get(status.engine_id)
         if engine is None:
             return []
-        engine.reported_at = now
-        engine.reported_running = status.running
-        engine.reported_waiting = status.waiting
+        engine.note_report(status.running + status.waiting, now)
+        if engine.others:
+            self._shared.add(engine.engine_id)
         engine.blocks_used = status.blocks_used
         engine.blocks_cached = status.blocks_cached
         engine.adapters = status.adapters

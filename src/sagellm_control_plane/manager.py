@@ -6,6 +6,7 @@ import itertools
 import random
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -13,9 +14,10 @@ import msgspec
 from sagellm_control_plane.config import CoreConfig
 from sagellm_control_plane.decision_log import DecisionLog
 from sagellm_control_plane.events import PolicyChanged
-from sagellm_control_plane.live import observe
+from sagellm_control_plane.live import arguments, observe
 from sagellm_control_plane.live.adapters import AdapterInfo, Adapters
 from sagellm_control_plane.live.block_feed import BlockFeed
+from sagellm_control_plane.live.directory import LOCAL_PORTS, Directory
 from sagellm_control_plane.live.dispatcher import Dispatcher
 from sagellm_control_plane.live.engines import Engines
 from sagellm_control_plane.live.foreign import foreign_engine
@@ -26,6 +28,7 @@ from sagellm_control_plane.live.serving import Serving
 from sagellm_control_plane.policies import policy_named
 from sagellm_control_plane.routing import route_named
 from sagellm_control_plane.state import ControlState
+from sagellm_control_plane.stats import Histogram
 from sagellm_control_plane.types import (
     AutoscalerConfig,
     EngineInfo,
@@ -69,6 +72,8 @@ class ControlPlaneManager:
         enable_auto_scaling: start and stop engines by demand (needs `driver` and `catalog`); a model that nobody serves is started
             when it is asked for.
         autoscaler_config: bounds and habits of that.
+        engine_file: JSON or TOML with a list ``engines`` of what `register_engine` takes; followed while it changes.
+        discover: look for servers of other makers on local ports, and register what they serve.
         decision_log: a binary file to which events and decisions are written.
         seed: of the decisions that draw.
 
@@ -95,16 +100,14 @@ class ControlPlaneManager:
         enable_auto_scaling: bool = False,
         autoscaler_config: AutoscalerConfig | None = None,
         store: Store | None = None,
+        engine_file: str | Path | None = None,
+        discover: bool = False,
         decision_log: IO[bytes] | None = None,
         seed: int | None = None,
     ) -> None:
-        if mode not in ("http", "local"):
-            raise InvalidArgumentError(f"mode is {mode!r}: use http or local", param="mode")
-        core = _configured(config or CoreConfig(), scheduling_policy, routing_strategy, health_check_interval)
-        if pd_config is not None and not enable_pd_separation:
-            raise InvalidArgumentError("pd_config has no effect without enable_pd_separation=True", param="pd_config")
-        if enable_pd_separation:
-            core = msgspec.structs.replace(core, pd=pd_config or core.pd or PDSeparationConfig())
+        arguments.check_mode(mode, engine_file, discover=discover)
+        core = arguments.configured(config or CoreConfig(), scheduling_policy, routing_strategy, health_check_interval)
+        core = arguments.separated(core, pd_config, enabled=enable_pd_separation)
         seed = random.SystemRandom().getrandbits(32) if seed is None else seed
         self.mode = mode
         self.config = core
@@ -125,21 +128,20 @@ class ControlPlaneManager:
         )
         self._adapters = Adapters(self._dispatcher.registry, self._engines.serves)
         self._engines.prepare = self._adapters.prepare
-        if enable_auto_scaling and (driver is None or catalog is None):
-            raise InvalidArgumentError(
-                "enable_auto_scaling needs a lifecycle driver and a model catalogue to act through",
-                param="enable_auto_scaling",
-            )
-        if autoscaler_config is not None and not enable_auto_scaling:
-            raise InvalidArgumentError(
-                "autoscaler_config has no effect without enable_auto_scaling=True", param="autoscaler_config"
-            )
+        arguments.check_scaling(driver, catalog, autoscaler_config, enabled=enable_auto_scaling)
         self._scaling = (
             Scaling(self._dispatcher, self._engines, autoscaler_config or AutoscalerConfig())
             if enable_auto_scaling
             else None
         )
         self._driver = driver
+        self._directory = Directory(
+            self._engines.register,
+            self._engines.unregister,
+            self._engines.knows,
+            file=Path(engine_file) if engine_file is not None else None,
+            ports=LOCAL_PORTS if discover else (),
+        )
         self._serving = Serving(self._dispatcher, self._engines, self._adapters, self._scaling)
         self._started_at: float | None = None
         self._serial = itertools.count()
@@ -152,6 +154,7 @@ class ControlPlaneManager:
             self._started_at = time.monotonic()
             self._serving.open()
             await self._engines.recover()
+            await self._directory.start()
             self._prober.start()
             self._block_feed.start()
             if self._scaling is not None:
@@ -164,6 +167,7 @@ class ControlPlaneManager:
         await self._serving.close(grace_s)
         if self._scaling is not None:
             await self._scaling.stop()
+        await self._directory.stop()
         await self._block_feed.stop()
         await self._prober.stop()
         await self._engines.close()
@@ -192,6 +196,8 @@ class ControlPlaneManager:
         metadata: Mapping[str, Any] | None = None,
     ) -> EngineInfo:
         """Register an engine by its address; it becomes READY when it answers a probe.
+
+        With ``metadata={"lease_s": 30}`` it is forgotten unless `record_engine_heartbeat` is called within that time, again and again.
 
         Raises:
             InvalidArgumentError: the id is taken, the kind, port or metadata is not valid, or the mode is ``local``.
@@ -244,12 +250,7 @@ class ControlPlaneManager:
 
     def record_engine_heartbeat(self, engine_id: str) -> EngineInfo:
         """An engine says by itself that it lives; one that was given up is probed at once."""
-        engine = self._dispatcher.registry.get(engine_id)
-        engine.info.last_heartbeat = time.time()
-        engine.missed_probes = 0
-        if engine.info.state in (EngineState.ERROR, EngineState.STARTING):
-            self._prober.soon(engine_id)
-        return engine.info
+        return self._engines.heartbeat(engine_id)
 
     def record_engine_failure(self, engine_id: str, reason: str = "reported from outside") -> EngineInfo:
         """Somebody saw an engine fail: it gets nothing until a probe has answered, and its requests go on elsewhere."""
@@ -437,6 +438,11 @@ class ControlPlaneManager:
         """Return what the scheduler did since the start."""
         return observe.scheduling(self._dispatcher)
 
+    def histograms(self) -> dict[str, Histogram]:
+        """Return distributions since the start, in seconds: ``ttft``, ``ttft_error`` (predicted against actual), ``tpot``, ``added``."""
+        stats = self._state.stats
+        return {"ttft": stats.ttft, "ttft_error": stats.ttft_error, "tpot": stats.tpot, "added": self._dispatcher.added}
+
     def get_registered_backends(self) -> list[str]:
         """Return the backends of the registered engines."""
         known = (engine.description for engine in self._dispatcher.registry.all())
@@ -474,18 +480,3 @@ class ControlPlaneManager:
         """
         route_named(name)
         self._dispatcher.feed(PolicyChanged(routing_strategy=name))
-
-
-def _configured(config: CoreConfig, scheduling: str | None, routing: str | None, interval: float | None) -> CoreConfig:
-    changes: dict[str, Any] = {
-        "scheduling_policy": policy_named(scheduling or config.scheduling_policy).name,
-        "routing_strategy": routing or config.routing_strategy,
-    }
-    route_named(changes["routing_strategy"])
-    if interval is not None:
-        if interval <= 0.0:
-            raise InvalidArgumentError(
-                f"health_check_interval is {interval}: it must be above 0 seconds", param="health_check_interval"
-            )
-        changes["health"] = msgspec.structs.replace(config.health, interval_s=interval)
-    return msgspec.structs.replace(config, **changes)

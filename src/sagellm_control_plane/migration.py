@@ -92,11 +92,14 @@ class Retries:
             return error
         stop = self._no_more_tries(record, error, now)
         if stop is not None or request.emitted:
-            self._stats.migrations += stop is None
+            if stop is None:
+                self._stats.migrations += 1
+                self._stats.because("migrations", error.code.value)
             return stop
         if not self._budget.take(now):
             return unavailable(f"the retry budget is spent; the attempt failed with: {error.message}", 1.0)
         self._stats.retries += 1
+        self._stats.because("retries", error.code.value)
         return None
 
     def _no_more_tries(self, record: Record, error: Error, now: float) -> Error | None:

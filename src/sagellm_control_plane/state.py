@@ -68,7 +68,7 @@ class ControlState:
         )
         self._retries = migration.Retries(config.retry, self.stats)
         self._hedges = migration.hedge_budget(config.hedge)
-        fleet = Fleet(config, self.view, self._waiting, self.stats)
+        self._fleet = fleet = Fleet(config, self.view, self._waiting, self.stats)
         self._handlers: dict[type, Callable[[Any, float], list[Command]]] = {
             EngineJoined: fleet.on_joined,
             EngineStateChanged: fleet.on_state,
@@ -135,7 +135,7 @@ class ControlState:
             if decision is not None:
                 late = self.admission.judge(request, decision, now)
                 if late is not None:
-                    return self._waiting.refuse(request, admission.refusal(request, late))
+                    return self._waiting.refuse(request, admission.refusal(request, late), "late")
                 self.records.keep(record)
                 return [self._placement.dispatch(record, decision, now)]
             return self._waiting.hold(record, now)
@@ -275,4 +275,5 @@ class ControlState:
         return []
 
     def _on_tick(self, _event: Tick, now: float) -> list[Command]:
+        self._fleet.on_tick(now)
         return self._waiting.tick(now)

@@ -67,9 +67,15 @@ class Stats:
         self.prompt_tokens = 0
         self.hit_tokens = 0
         self.output_tokens = 0
+        self.reasons: dict[str, dict[str, int]] = {"sheds": {}, "retries": {}, "migrations": {}}
         self.ttft = Histogram()
         self.tpot = Histogram()
         self.ttft_error = Histogram()
+
+    def because(self, what: str, reason: str) -> None:
+        """Count why something happened: one of ``sheds``, ``retries`` and ``migrations``."""
+        counts = self.reasons[what]
+        counts[reason] = counts.get(reason, 0) + 1
 
     def on_ttft(self, total_s: float, predicted_s: float, actual_s: float, *, first: bool) -> None:
         """Count a first token: since arrival, and predicted against actual since dispatch."""

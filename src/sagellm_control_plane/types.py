@@ -200,7 +200,11 @@ class PerformanceMetrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SchedulingMetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """What the scheduler did since the start."""
+    """What the scheduler did since the start.
+
+    `reasons` has, for ``sheds``, ``retries`` and ``migrations``, how often each of their reasons occurred; `added_ms_p50` and
+    `added_ms_p99` are what the control plane itself added to the time to the first token, waiting for an engine apart.
+    """
 
     scheduling_policy: str
     routing_strategy: str
@@ -216,3 +220,6 @@ class SchedulingMetrics(msgspec.Struct, frozen=True, kw_only=True):
     prefix_hit_rate: float = 0.0
     mean_decision_us: float = 0.0
     ttft_prediction_error: float = 0.0
+    added_ms_p50: float = 0.0
+    added_ms_p99: float = 0.0
+    reasons: dict[str, dict[str, int]] = {}

@@ -136,12 +136,12 @@ class EngineView:
         "latency",
         "limit",
         "model",
+        "others",
+        "others_seen",
         "prefill_tokens",
         "profile",
         "reported_at",
-        "reported_running",
         "reported_steps",
-        "reported_waiting",
         "running",
         "state",
         "stepped_at",
@@ -169,9 +169,9 @@ class EngineView:
         self.completed = 0
         self.failed = 0
         self.reported_at = float("-inf")
-        self.reported_running = 0
-        self.reported_waiting = 0
         self.reported_steps = -1
+        self.others = 0
+        self.others_seen = 0
         self.stepped_at = 0.0
         self.blocks_used = 0
         self.blocks_cached = 0
@@ -179,7 +179,24 @@ class EngineView:
     @property
     def has_room(self) -> bool:
         """Whether another sequence may be sent: slots plus what keeps it from idling."""
-        return self.running < self.limit
+        return self.running + self.others < self.limit
+
+    @property
+    def load(self) -> int:
+        """Sequences on the engine: ours, and those that others (another gateway, an earlier one) run there by its own report."""
+        return self.running + self.others
+
+    def note_report(self, sequences: int, now: float) -> None:
+        """The engine says how many sequences it holds; what is not ours is others'.
+
+        A report is older than our own books, so a difference counts once two reports in a row have shown it.
+        """
+        seen = max(sequences - self.running, 0)
+        self.others, self.others_seen, self.reported_at = min(seen, self.others_seen), seen, now
+
+    def forget_report(self) -> None:
+        """The last report is too old to be believed."""
+        self.others = self.others_seen = 0
 
     def backlog(self, now: float) -> float:
         """Prompt tokens that wait for prefill, less what must have been computed since the last sign of progress."""
@@ -190,11 +207,11 @@ class EngineView:
 
     def predicted_ttft(self, uncached: int, now: float) -> float:
         """Seconds until the first token of a request with `uncached` tokens to compute."""
-        return self.latency.ttft(self.backlog(now) + uncached, self.decoding)
+        return self.latency.ttft(self.backlog(now) + uncached, self.decoding + self.others)
 
     def predicted_tpot(self, extra_sequences: int = 1, extra_tokens: int = 0) -> float:
         """Seconds a token once the request decodes here."""
-        return self.latency.tpot(self.running + extra_sequences, self.context_tokens + extra_tokens)
+        return self.latency.tpot(self.running + self.others + extra_sequences, self.context_tokens + extra_tokens)
 
 
 class DeviceTurn:
@@ -254,10 +271,10 @@ class ClusterView:
             return []
         if len(ready) > self.FULL_SCAN:
             ready = self._sample(ready, request, rng)
-        usable = [e for e in ready if e.running < e.limit and e.breaker.allows(now)]
+        usable = [e for e in ready if e.running + e.others < e.limit and e.breaker.allows(now)]
         if not usable:
             # All breakers open: trying a doubtful engine beats refusing (the panic mode of load balancers).
-            usable = [e for e in ready if e.running < e.limit]
+            usable = [e for e in ready if e.has_room]
         if request.adapter:
             usable = [e for e in usable if request.adapter in e.adapters] or usable
         if request.emitted:

@@ -65,13 +65,14 @@ class WaitingRoom:
         error = admission.overflow(len(queue))
         worst = queue.worst()
         if worst is None or worst.priority <= request.priority:
-            return self.refuse(request, error)
+            return self.refuse(request, error, "queue_full")
         queue.remove(worst.request_id)
         self._records.drop(worst.request_id)
-        return self.refuse(worst, error) + self.hold(record, now)
+        return self.refuse(worst, error, "displaced") + self.hold(record, now)
 
-    def refuse(self, request: RequestView, error: Error) -> list[Command]:
+    def refuse(self, request: RequestView, error: Error, reason: str) -> list[Command]:
         """Refuse a request for overload."""
+        self._stats.because("sheds", reason)
         self._stats.shed += 1
         self._stats.rejected += 1
         return [Fail(request.request_id, error)]
@@ -118,7 +119,7 @@ class WaitingRoom:
             late = self._admission.judge(request, decision, now)
             if late is not None:
                 self._records.drop(request.request_id)
-                commands += self.refuse(request, admission.refusal(request, late))
+                commands += self.refuse(request, admission.refusal(request, late), "late")
                 continue
             commands.append(self._placement.dispatch(record, decision, now))
         head = queue.peek()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 __all__ = ["PlaneCollector"]
 
@@ -28,6 +29,12 @@ _GAUGES = {
     "sagellm_prefix_hit_ratio": ("prefix_hit_rate", 1.0, "Share of prompt tokens found in a prefix cache."),
     "sagellm_scheduler_decision_seconds": ("mean_decision_us", 1e-6, "Mean time of a placement decision."),
     "sagellm_ttft_prediction_error_seconds": ("ttft_prediction_error", 1.0, "Mean error of the predicted TTFT."),
+}
+
+
+_HISTOGRAMS = {
+    "sagellm_added_seconds": ("added", "What the control plane itself adds to the time to the first token."),
+    "sagellm_ttft_prediction_error_distribution_seconds": ("ttft_error", "Predicted against actual TTFT."),
 }
 
 
@@ -59,3 +66,16 @@ class PlaneCollector:
             yield CounterMetricFamily(name, text, value=getattr(scheduling, field))
         for name, (field, scale, text) in _GAUGES.items():
             yield GaugeMetricFamily(name, text, value=getattr(scheduling, field) * scale)
+        reasons = CounterMetricFamily(
+            "sagellm_scheduler_reasons", "Why requests were shed, retried or moved.", labels=["what", "reason"]
+        )
+        for what, counts in scheduling.reasons.items():
+            for reason, count in counts.items():
+                reasons.add_metric([what, reason], count)
+        yield reasons
+        histograms = self._manager.histograms()
+        for name, (field, text) in _HISTOGRAMS.items():
+            found = histograms[field]
+            counts = list(accumulate(found.counts))
+            buckets = [(str(bound), count) for bound, count in zip((*found.bounds, "+Inf"), counts, strict=True)]
+            yield HistogramMetricFamily(name, text, buckets=buckets, sum_value=found.total)

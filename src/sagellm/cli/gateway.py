@@ -1,4 +1,7 @@
-"""``sage-llm gateway``: the server without a model; engines are started or registered over ``/v1/management``."""
+"""``sage-llm gateway``: the server without a model.
+
+Engines are started or registered over ``/v1/management``, listed in a file, or found on local ports.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,12 @@ def gateway(
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 0 takes a free one [8889].")] = None,
     policy: Annotated[str | None, typer.Option(help="Scheduling policy of the control plane [adaptive].")] = None,
     state: Annotated[str | None, typer.Option(help="SQLite file for keys, sessions, stored responses.")] = None,
+    engine_file: Annotated[
+        str | None, typer.Option(help="JSON or TOML list of engines that others run; followed while it changes.")
+    ] = None,
+    discover: Annotated[
+        bool, typer.Option("--discover", help="Look for servers of other makers on local ports.")
+    ] = False,
     require_key: Annotated[
         bool, typer.Option("--require-key", help="Demand an API key even if none was made.")
     ] = False,

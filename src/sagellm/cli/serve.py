@@ -140,6 +140,8 @@ def start(given: dict[str, Any], name: str | None = None, *, no_models: bool = F
                 "routing_strategy": values["routing"],
                 "enable_auto_scaling": values["auto_scale"],
                 "enable_pd_separation": values["pd_separation"],
+                "engine_file": values["engine_file"],
+                "discover": values["discover"],
             },
             changes=_changes(values, simulated=values["mock"] and wanted != ["mock"]),
             gateway=_gateway(values),

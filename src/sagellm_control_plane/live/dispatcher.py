@@ -30,6 +30,7 @@ from sagellm_control_plane.live.registry import Engine, EngineRegistry
 from sagellm_control_plane.live.sequence import Mailbox, Sequence
 from sagellm_control_plane.live.split import SplitStats
 from sagellm_control_plane.state import ControlState
+from sagellm_control_plane.stats import Histogram
 from sagellm_control_plane.types import EngineState
 from sagellm_control_plane.view import RequestView
 from sagellm_protocol.embedding import EmbedRequest
@@ -53,6 +54,7 @@ class Dispatcher:
         self.registry = EngineRegistry()
         self.clock = clock
         self.split_stats = SplitStats()
+        self.added = Histogram()
         self.decision_seconds = 0.0
         self.decision_events = 0
         self.on_probe: Callable[[str], None] = lambda _engine_id: None

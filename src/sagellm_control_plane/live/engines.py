@@ -68,6 +68,7 @@ class Engines:
         self._tasks: set[asyncio.Task[None]] = set()
         self.prepare: Callable[[Engine, EngineClient], Awaitable[None]] = _nothing
         dispatcher.on_hung = self._on_hung
+        prober.on_round = self.end_leases
 
     # -- models ----------------------------------------------------------------------------------------------------
 
@@ -111,6 +112,10 @@ class Engines:
         """Whether some registered engine serves a model of that name."""
         return model_id in self._chat_models
 
+    def knows(self, engine_id: str) -> bool:
+        """Whether an engine of that id is registered."""
+        return self._registry.find(engine_id) is not None
+
     def startable(self, model_id: str) -> bool:
         """Whether an engine for the model can be started from here."""
         return self._driver is not None and self._catalog is not None and model_id in self._catalog.models()
@@ -136,15 +141,23 @@ class Engines:
         return info
 
     def register(
-        self, engine_id: str, model_id: str, host: str, port: int, kind: str, metadata: Mapping[str, Any]
+        self,
+        engine_id: str,
+        model_id: str,
+        host: str,
+        port: int,
+        kind: str,
+        metadata: Mapping[str, Any],
+        *,
+        keep: bool = True,
     ) -> EngineInfo:
-        """Register an engine by its address; it is STARTING until it has answered a probe."""
+        """Register an engine by its address; it is STARTING until it has answered a probe. `keep` notes it in the store."""
         if kind not in ("llm", "embedding"):
             raise InvalidArgumentError(f"engine_kind is {kind!r}: use llm or embedding", param="engine_kind")
         if not 0 < port < 65536:
             raise InvalidArgumentError(f"port is {port}: it must lie in 1-65535", param="port")
         info = self._info(engine_id, model_id, kind, metadata, host=host, port=port)
-        engine = Engine(info)
+        engine = Engine(info, lease_s=_lease(metadata), renewed_at=self._dispatcher.clock())
         self._registry.add(engine)
         try:
             engine.client, text_side = self._client_factory(engine_id, model_id, host, port, metadata)
@@ -152,8 +165,29 @@ class Engines:
             self._registry.remove(engine_id)
             raise
         self._chat_models.setdefault(model_id, text_side)
-        self._book.note(info)
+        if keep:
+            self._book.note(info)
         return info
+
+    def heartbeat(self, engine_id: str) -> EngineInfo:
+        """An engine says by itself that it lives; one that was given up is probed at once."""
+        engine = self._registry.get(engine_id)
+        engine.info.last_heartbeat = time.time()
+        engine.renewed_at = self._dispatcher.clock()
+        engine.missed_probes = 0
+        if engine.info.state in (EngineState.ERROR, EngineState.STARTING):
+            self._prober.soon(engine_id)
+        return engine.info
+
+    def end_leases(self) -> None:
+        """Unregister the engines whose lease has run out without a heartbeat."""
+        now = self._dispatcher.clock()
+        for engine in self._registry.all():
+            if engine.lease_s and now - engine.renewed_at > engine.lease_s:
+                _log.warning(
+                    "engine %s sent no heartbeat for %.1f s: it is forgotten", engine.info.engine_id, engine.lease_s
+                )
+                self.unregister(engine.info.engine_id)
 
     def unregister(self, engine_id: str) -> EngineInfo:
         """Forget an engine. Requests on it go on elsewhere; its connection, and its process if it is ours, end in the background."""
@@ -396,6 +430,13 @@ class Engines:
             if engine.client is not None:
                 await engine.client.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _lease(metadata: Mapping[str, Any]) -> float:
+    lease = metadata.get("lease_s", 0.0)
+    if not isinstance(lease, int | float) or lease < 0 or ("lease_s" in metadata and lease == 0):
+        raise InvalidArgumentError(f"lease_s is {lease!r}: it must be a number above 0 seconds", param="metadata")
+    return float(lease)
 
 
 async def _nothing(engine: Engine, client: EngineClient) -> None:

@@ -24,6 +24,7 @@ _encode = msgspec.json.Encoder().encode
 
 _KNOWN_METADATA = {
     "protocol", "flavour", "scheme", "path", "api_key", "served_model", "slots", "zone", "cost", "role", "device", "context_length",
+    "lease_s",
 }  # fmt: skip
 
 

@@ -97,12 +97,14 @@ class Generation:
                 self._open.add(index)
                 view = self._view(engine_request)
                 self.sequences.append(self._dispatcher.open(index, engine_request, view, self._mailbox))
+            sent_at = self.sequences[0].dispatched_at  # None: it waits for an engine
             while self._open:
                 for index, item in await self._mailbox.take():
                     if isinstance(item, Error):
                         raise SageError.from_wire(item)
                     if not started:
                         started = True
+                        self._note_added(sent_at, self.sequences[index].first_at)
                         yield self._start(index, item)
                     if index not in self._open:
                         continue  # what was still under way when a stop string matched
@@ -119,6 +121,11 @@ class Generation:
             yield self._end()
         finally:
             self.close()
+
+    def _note_added(self, sent_at: float | None, arrived_at: float) -> None:
+        """Count our own share of the time to the first token: from here to the engine, and from the engine's bytes to the reader."""
+        if sent_at is not None and arrived_at:
+            self._dispatcher.added.add(sent_at - self.began + time.monotonic() - arrived_at)
 
     def _view(self, request: EngineRequest) -> RequestView:
         source = self.request

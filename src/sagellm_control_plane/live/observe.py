@@ -175,4 +175,7 @@ def scheduling(dispatcher: Dispatcher) -> SchedulingMetrics:
         prefix_hit_rate=stats.hit_tokens / stats.prompt_tokens if stats.prompt_tokens else 0.0,
         mean_decision_us=dispatcher.decision_seconds / events * 1e6 if events else 0.0,
         ttft_prediction_error=stats.ttft_error.mean,
+        added_ms_p50=dispatcher.added.quantile(0.5) * 1000.0,
+        added_ms_p99=dispatcher.added.quantile(0.99) * 1000.0,
+        reasons={what: dict(counts) for what, counts in stats.reasons.items()},
     )

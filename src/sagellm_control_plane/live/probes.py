@@ -24,6 +24,7 @@ class Prober:
         self._wall_clock = wall_clock
         self._task: asyncio.Task[None] | None = None
         self._single: dict[str, asyncio.Task[None]] = {}
+        self.on_round: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         """Begin to probe."""
@@ -56,6 +57,7 @@ class Prober:
                 self.soon(engine.info.engine_id)
             if self._single:
                 await asyncio.wait(list(self._single.values()), timeout=config.timeout_s * 2)
+            self.on_round()
             self._dispatcher.fail_stalled(self._dispatcher.clock(), config.stall_s)
             self._dispatcher.feed(Tick())
 

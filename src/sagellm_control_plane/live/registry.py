@@ -26,6 +26,8 @@ class Engine:
     missed_probes: int = 0
     joined: bool = False
     hung: bool = False
+    lease_s: float = 0.0
+    renewed_at: float = 0.0
 
     def profile(self) -> EngineProfile:
         """Return what the core is told about the engine.

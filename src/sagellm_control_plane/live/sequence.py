@@ -94,6 +94,7 @@ class Sequence:
         self.engines: list[str] = []
         self.submitted_at = clock()
         self.dispatched_at: float | None = None
+        self.first_at = 0.0  # the first delta's arrival
         self._mailbox = mailbox
         self._feed = feed
         self._clock = clock
@@ -213,10 +214,7 @@ class Sequence:
         if delta.usage is not None:
             self.usage = delta.usage
         if not (delta.token_ids or delta.text or delta.reasoning or delta.tool_calls or delta.finish_reason):
-            if not self._started:
-                self._started = True
-                self.engine_id = attempt.engine_id
-                self._mailbox.put(self.index, delta)
+            self._accepted(attempt, delta)
             return
         if not attempt.tokens:
             self._begin(attempt, delta)
@@ -231,10 +229,20 @@ class Sequence:
             del self._attempts[attempt.number]
             self._feed(AttemptFinished(self.request_id, attempt.number, self.emitted))
 
+    def _accepted(self, attempt: _Attempt, delta: TokenDelta) -> None:
+        """The engine has taken the prompt; a first delta without a token tells the reader, once."""
+        if not self._started:
+            self._started = True
+            self.first_at = attempt.last_at
+            self.engine_id = attempt.engine_id
+            self._mailbox.put(self.index, delta)
+
     def _begin(self, attempt: _Attempt, delta: TokenDelta) -> None:
         """The attempt's first token: it has won against a hedge, and the engine's prefill is over."""
         self._winner = attempt.number
-        self._started = True
+        if not self._started:
+            self._started = True
+            self.first_at = attempt.last_at
         self.engine_id = attempt.engine_id
         cached = delta.cached_tokens if delta.prompt_tokens is not None else self.cached_tokens
         self._feed(FirstToken(self.request_id, attempt.number, cached))

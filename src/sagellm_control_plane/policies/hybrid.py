@@ -23,7 +23,7 @@ def narrow(
     """Keep, for an embedding, the engines that leave a quarter of their slots to chat."""
     if request.kind != "embedding":
         return candidates
-    return [engine for engine in candidates if engine.running < engine.limit * (1.0 - CHAT_RESERVE)]
+    return [engine for engine in candidates if engine.load < engine.limit * (1.0 - CHAT_RESERVE)]
 
 
 POLICY = Policy("hybrid", key, banded=True, narrow=narrow)

@@ -34,8 +34,10 @@ def choose(
         hit = view.hit_tokens(engine, request)
         uncached = total - hit
         latency = engine.latency
-        cost = latency.ttft(backlog + uncached, engine.decoding) + weight * uncached / latency.prefill_rate
-        late = latency.tpot(engine.running + 1, engine.context_tokens + total) - pace_limit
+        cost = (
+            latency.ttft(backlog + uncached, engine.decoding + engine.others) + weight * uncached / latency.prefill_rate
+        )
+        late = latency.tpot(engine.running + engine.others + 1, engine.context_tokens + total) - pace_limit
         if late > 0.0:
             cost += late * 100.0
         if cost < best_cost:

@@ -19,7 +19,7 @@ def choose(
 ) -> Decision:
     """Return the first engine in the key's order whose load is below 1.25 times the mean."""
     key = request.session or (request.blocks[0].hex() if request.blocks else request.request_id)
-    bound = BOUND * (sum(engine.running for engine in candidates) + 1) / len(candidates)
+    bound = BOUND * (sum(engine.load for engine in candidates) + 1) / len(candidates)
     ranked = sorted(candidates, key=lambda e: weight(key, e.engine_id), reverse=True)
-    engine = next((e for e in ranked if e.running < bound), ranked[0])
+    engine = next((e for e in ranked if e.load < bound), ranked[0])
     return Decision(engine, view.hit_tokens(engine, request), 0.0, "consistent hash, bounded load")

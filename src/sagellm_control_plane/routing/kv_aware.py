@@ -18,7 +18,7 @@ def choose(
     for engine in candidates:
         hit = view.hit_tokens(engine, request)
         capacity = engine.profile.n_blocks * engine.profile.block_size
-        pressure = engine.context_tokens / capacity if capacity else engine.running / max(engine.limit, 1)
+        pressure = engine.context_tokens / capacity if capacity else engine.load / max(engine.limit, 1)
         # Beyond the capacity sequences are preempted: worse than any miss.
         overflow = 4.0 * max(0.0, pressure + total / capacity - 0.95) if capacity else 0.0
         score = (total - hit + engine.backlog(now)) / total + pressure + overflow

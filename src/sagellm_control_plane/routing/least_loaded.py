@@ -13,7 +13,7 @@ def choose(
     view: ClusterView, request: RequestView, candidates: Sequence[EngineView], now: float, rng: RandomSource
 ) -> Decision:
     """Return the engine with the fewest open requests."""
-    fewest = min(engine.running for engine in candidates)
-    ties = [engine for engine in candidates if engine.running == fewest]
+    fewest = min(engine.load for engine in candidates)
+    ties = [engine for engine in candidates if engine.load == fewest]
     engine = ties[0] if len(ties) == 1 else ties[rng.randrange(len(ties))]
     return Decision(engine, view.hit_tokens(engine, request), float(fewest), f"{fewest} in flight")

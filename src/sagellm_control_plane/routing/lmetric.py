@@ -17,7 +17,7 @@ def choose(
     total = request.prompt_tokens + request.emitted
     for engine in candidates:
         hit = view.hit_tokens(engine, request)
-        score = (engine.backlog(now) + total - hit) * (engine.running + 1)
+        score = (engine.backlog(now) + total - hit) * (engine.load + 1)
         if score < best_score:
             best, best_score, best_hit = engine, score, hit
     return Decision(best, best_hit, best_score, "least prefill x decode")

@@ -15,5 +15,5 @@ def choose(
     """Draw two, keep the one with fewer open requests."""
     first = candidates[rng.randrange(len(candidates))]
     second = candidates[rng.randrange(len(candidates))]
-    engine = second if second.running < first.running else first
-    return Decision(engine, view.hit_tokens(engine, request), float(engine.running), "better of two")
+    engine = second if second.load < first.load else first
+    return Decision(engine, view.hit_tokens(engine, request), float(engine.load), "better of two")

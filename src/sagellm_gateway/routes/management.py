@@ -22,6 +22,7 @@ __all__ = [
     "engine_logs",
     "engines",
     "get_policy",
+    "heartbeat",
     "keys",
     "load_model",
     "prune",
@@ -109,6 +110,11 @@ async def drain_engine(call: Call) -> None:
     engine_id = _engine_id(call)
     await call.gateway.everywhere("drain", engine_id, lasting=f"drain {engine_id}")
     await call.json(msgspec.to_builtins(call.gateway.manager.get_engine_info(engine_id)))
+
+
+async def heartbeat(call: Call) -> None:
+    """POST engines/{id}/heartbeat: the engine lives; renews the lease of one that was registered with ``lease_s``."""
+    await call.json(msgspec.to_builtins(call.gateway.manager.record_engine_heartbeat(_engine_id(call))))
 
 
 async def stop_engine(call: Call) -> None:

@@ -199,6 +199,7 @@ ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("GET", "/v1/management/engines/{engine}", management.engine, "admin"),
     RouteSpec("DELETE", "/v1/management/engines/{engine}", management.stop_engine, "admin"),
     RouteSpec("POST", "/v1/management/engines/{engine}/drain", management.drain_engine, "admin"),
+    RouteSpec("POST", "/v1/management/engines/{engine}/heartbeat", management.heartbeat, "admin"),
     RouteSpec("GET", "/v1/management/engines/{engine}/logs", management.engine_logs, "admin", query={"lines": INTEGER}),
     RouteSpec("GET", "/v1/management/status", management.status, "admin"),
     RouteSpec("GET", "/v1/management/backends", management.backends, "admin"),
