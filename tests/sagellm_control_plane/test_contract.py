@@ -25,8 +25,17 @@ from sagellm_control_plane.routing import ROUTES
 from sagellm_control_plane.state import ControlState
 from sagellm_control_plane.view import EngineProfile, RequestView
 
-COROUTINES = ["start", "stop", "execute_request", "submit_request", "get_request_result", "get_embeddings", "stop_engine_gracefully", "request_engine_startup", "request_engine_shutdown"]
-PLAIN = ["register_engine", "unregister_engine", "get_engine_info", "list_engines", "list_registered_engines", "get_engines_for_model", "update_engine_state", "record_engine_heartbeat", "record_engine_failure", "start_engine_drain", "prune_stopped_engines", "stream_request", "get_request_status", "cancel_request", "get_status", "get_cluster_status", "get_metrics", "get_scheduling_metrics", "get_registered_backends", "get_engine_health_status", "get_autoscaler_status", "update_policy", "update_routing"]
+COROUTINES = [
+    "start", "stop", "execute_request", "submit_request", "get_request_result", "get_embeddings",
+    "stop_engine_gracefully", "request_engine_startup", "request_engine_shutdown",
+]  # fmt: skip
+PLAIN = [
+    "register_engine", "unregister_engine", "get_engine_info", "list_engines", "list_registered_engines",
+    "get_engines_for_model", "update_engine_state", "record_engine_heartbeat", "record_engine_failure",
+    "start_engine_drain", "prune_stopped_engines", "stream_request", "get_request_status", "cancel_request",
+    "get_status", "get_cluster_status", "get_metrics", "get_scheduling_metrics", "get_registered_backends",
+    "get_engine_health_status", "get_autoscaler_status", "update_policy", "update_routing",
+]  # fmt: skip
 FIELDS = {
     "EngineInfo": "engine_id model_id host port state engine_kind metadata created_at last_heartbeat",
     "RequestMetadata": "request_id user_id priority slo_deadline_ms max_tokens model_name request_type arrival_time",
