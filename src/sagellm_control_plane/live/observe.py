@@ -79,12 +79,19 @@ def engine_info(dispatcher: Dispatcher, engine: Engine) -> EngineInfo:
     running = view.running if view is not None else 0
     failed = view.failed if view is not None else engine.info.failed_requests
     info = msgspec.structs.replace(engine.info, active_requests=running, failed_requests=failed)
+    info.kv_blocks_total = _blocks_total(engine)
     if engine.status is not None:
         info.queued_requests = engine.status.waiting
         info.kv_blocks_used = engine.status.blocks_used
-        info.kv_blocks_total = engine.status.blocks_total
         info.rss_bytes = engine.status.rss_bytes
     return info
+
+
+def _blocks_total(engine: Engine) -> int:
+    """As it last reported; before its first report, as it described itself."""
+    if engine.status is not None:
+        return engine.status.blocks_total
+    return engine.description.n_blocks if engine.description is not None else 0
 
 
 def cluster_status(dispatcher: Dispatcher) -> dict[str, Any]:
@@ -112,7 +119,7 @@ def _instance(dispatcher: Dispatcher, engine: Engine) -> ExecutionInstance:
         current_load=view.running / view.limit if view is not None and view.limit else 0.0,
         avg_latency_ms=view.predicted_ttft(0, dispatcher.clock()) * 1000.0 if view is not None else 0.0,
         kv_blocks_used=status.blocks_used if status is not None else 0,
-        kv_blocks_total=status.blocks_total if status is not None else 0,
+        kv_blocks_total=_blocks_total(engine),
         is_healthy=engine.info.is_healthy,
     )
 
