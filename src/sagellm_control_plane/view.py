@@ -131,6 +131,7 @@ class EngineView:
         "death_at",
         "death_suspects",
         "decoding",
+        "ended_before",
         "engine_id",
         "failed",
         "latency",
@@ -172,6 +173,7 @@ class EngineView:
         self.reported_steps = -1
         self.others = 0
         self.others_seen = 0
+        self.ended_before = 0
         self.stepped_at = 0.0
         self.blocks_used = 0
         self.blocks_cached = 0
@@ -189,9 +191,12 @@ class EngineView:
     def note_report(self, sequences: int, now: float) -> None:
         """The engine says how many sequences it holds; what is not ours is others'.
 
-        A report is older than our own books, so a difference counts once two reports in a row have shown it.
+        A report is older than our own books: what has ended here since the last one may still be in it, and a difference counts
+        once two reports in a row have shown it.
         """
-        seen = max(sequences - self.running, 0)
+        ended = self.completed + self.failed
+        seen = max(sequences - self.running - (ended - self.ended_before), 0)
+        self.ended_before = ended
         self.others, self.others_seen, self.reported_at = min(seen, self.others_seen), seen, now
 
     def forget_report(self) -> None:

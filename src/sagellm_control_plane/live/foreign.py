@@ -253,8 +253,6 @@ class _Answer:
         if self._status != 200:
             self._refusal = (self._refusal + data)[:_REFUSAL_BYTES]
             return
-        if self._sink is None:
-            return  # what follows the last event
         try:
             deltas = self._reader.take(data)
         except SageError as error:
@@ -267,8 +265,11 @@ class _Answer:
 
     def _pass_on(self, delta: TokenDelta) -> None:
         self._client.note_received(delta.text_tokens or 1)
-        # The last delta ends it before it is passed on; the connection is read to the end of the reply, and kept.
-        sink = self._sink if delta.finish_reason is None else self._settle()
+        sink = self._sink
+        if delta.finish_reason is not None:
+            sink = self._settle()
+            if self._exchange is not None:
+                self._exchange.finish()
         if sink is not None:
             sink.delta(delta)
 

@@ -21,6 +21,8 @@ from sagellm_protocol.errors import InvalidArgumentError
 __all__ = ["Exchange", "Http1Client", "HttpBrokenError", "HttpRefusedError", "Receiver", "Reply"]
 
 MAX_HEAD_BYTES = 64 * 1024
+#: A server that has said all of an answer may take this long to end it, in seconds; then its connection is closed.
+LINGER_S = 5.0
 
 _STATUS = re.compile(rb"HTTP/1\.([01]) (\d{3})(?: |\r|$)")
 
@@ -100,7 +102,9 @@ class _Connection(asyncio.Protocol):
 class Exchange:
     """One request and its reply. Made by `Http1Client.start`."""
 
-    __slots__ = ("_body", "_client", "_connecting", "_connection", "_data", "_receiver", "_rest", "_reusable", "_used")
+    __slots__ = (
+        "_body", "_client", "_connecting", "_connection", "_data", "_linger", "_receiver", "_rest", "_reusable", "_used",
+    )  # fmt: skip
 
     def __init__(self, client: Http1Client, data: bytes, receiver: Receiver) -> None:
         self._client = client
@@ -112,6 +116,7 @@ class Exchange:
         self._rest = b""
         self._reusable = True
         self._used = False
+        self._linger: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
         """Send the request, over a kept connection if there is one."""
@@ -148,8 +153,13 @@ class Exchange:
             self._connecting.cancel()
         self._drop()
 
+    def finish(self) -> None:
+        """Nothing more is wanted, and nothing is wrong: the reply is read to its end, so that the connection can be kept."""
+        self._receiver = None
+
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
+        self._stay(linger=False)
         if connection is not None:
             connection.exchange = None
             connection.close()
@@ -199,10 +209,20 @@ class Exchange:
             self._receiver.body(piece)
         if body.complete:
             self._complete(body.clean)
+        elif self._receiver is None:
+            self._stay(linger=True)
+
+    def _stay(self, *, linger: bool) -> None:
+        if linger and self._linger is None and self._connection is not None:
+            self._linger = asyncio.get_running_loop().call_later(LINGER_S, self._drop)
+        elif not linger and self._linger is not None:
+            self._linger.cancel()
+            self._linger = None
 
     def _complete(self, clean: bool) -> None:
         """The reply was read to its end: its connection may serve the next request."""
         connection, self._connection = self._connection, None
+        self._stay(linger=False)
         if connection is not None:
             connection.exchange = None
             if clean and self._reusable:
@@ -216,6 +236,7 @@ class Exchange:
     def lost(self) -> None:
         """The connection ended."""
         self._connection = None
+        self._stay(linger=False)
         if self._receiver is None:
             return
         if self._body is not None and self._body.until_close:

@@ -8,6 +8,7 @@ from contextlib import aclosing, asynccontextmanager
 import pytest
 
 from sagellm_control_plane.config import CoreConfig, HealthConfig
+from sagellm_control_plane.live.foreign import foreign_engine
 from sagellm_control_plane.live.foreign_wire import StreamReader, parse_load, request_body
 from sagellm_control_plane.manager import ControlPlaneManager
 from sagellm_control_plane.types import EngineState
@@ -184,6 +185,52 @@ async def test_a_reader_that_goes_away_closes_the_connection():
                     break
         await asyncio.wait_for(server.gone.wait(), 5)
         assert manager._state.ledger.open == 0
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_a_connection_is_kept_unless_its_answer_never_ends(monkeypatch, ends):
+    """The end of the reply may come after its last event: the connection serves again; one that never ends is closed after a moment."""
+    monkeypatch.setattr("sagellm_control_plane.live.http1.LINGER_S", 0.05)
+    connections, gone = [], asyncio.Event()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+                if "post" not in head:
+                    body = b'{"data": [{"id": "theirs"}]}'
+                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+                    continue
+                await reader.readexactly(int(head.split("content-length:")[1].split()[0]))
+                event = b'data: {"choices":[{"delta":{"content":"x"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+                chunk = b"%x\r\n" % len(event) + event + b"\r\n"
+                writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + chunk)
+                await writer.drain()
+                await asyncio.sleep(0)
+                if ends:
+                    writer.write(b"0\r\n\r\n")
+        except (asyncio.IncompleteReadError, ConnectionError):
+            gone.set()
+        finally:
+            writer.close()
+
+    listener = await asyncio.start_server(handle, "127.0.0.1", 0)
+    client, _chat = foreign_engine("f", "theirs", "127.0.0.1", listener.sockets[0].getsockname()[1], {})
+    try:
+        for _ in range(3):
+            request = EngineRequest(request_id="r", prompt_token_ids=(0,), sampling=SamplingParams(), source=ask())
+            assert "".join([d.text or "" async for d in client.stream(request)]) == "x"
+            await asyncio.sleep(0.02)
+        if ends:
+            assert len(connections) == 1
+        else:
+            await asyncio.wait_for(gone.wait(), 5)
+            assert len(connections) == 3
+    finally:
+        await client.close()
+        listener.close()
+        await listener.wait_closed()
 
 
 async def test_load_comes_from_the_engines_metrics():
