@@ -8,6 +8,7 @@ import pytest
 
 from sagellm_control_plane.config import CoreConfig, HealthConfig
 from sagellm_control_plane.events import (
+    AttemptFinished,
     Dispatch,
     EngineJoined,
     EngineReported,
@@ -80,6 +81,19 @@ def test_our_own_sequences_are_not_others():
     report(state, 1.0, running=2)
     report(state, 2.0, running=2)
     assert (state.view.engines["a"].others, state.view.engines["a"].load) == (0, 2)
+
+
+def test_short_requests_that_have_just_ended_are_not_others():
+    """With many short requests every report shows some that have ended here meanwhile: none of them is taken for another's."""
+    state = plane("round_robin")
+    for second in (1, 2, 3):
+        names = range(10 * second, 10 * second + 8)
+        for number in names:
+            place(state, number, second - 0.5)
+        for number in names:
+            state.on_event(AttemptFinished(f"r{number}", 1, 4), second - 0.1)
+        report(state, float(second), running=4)
+        assert state.view.engines["a"].load == 0
 
 
 def test_a_stale_report_is_not_believed():
