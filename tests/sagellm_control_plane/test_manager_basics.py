@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from contextlib import aclosing
 
 import pytest
@@ -346,3 +347,24 @@ async def test_two_requests_of_one_id_do_not_mix():
         await collect(manager, ask("same"))
     assert await task == undisturbed(ask(max_tokens=20))
     await manager.stop()
+
+
+async def test_the_event_loop_goes_on_while_a_long_text_is_tokenised(monkeypatch):
+    """A long prompt is prepared on a thread, which here ends only when the loop has done something else; a short one at once."""
+    loop_went_on = threading.Event()
+    where: dict[str, int] = {}
+    original = LetterChatModel.prepare
+
+    def slow(model, request):
+        where[request.request_id] = threading.get_ident()
+        assert request.request_id == "short" or loop_went_on.wait(60.0)
+        return original(model, request)
+
+    monkeypatch.setattr(LetterChatModel, "prepare", slow)
+    manager = await manager_with(ScriptedEngine("a"))
+    long = asyncio.create_task(collect(manager, ask("long", "x" * 10_000)))
+    assert await collect(manager, ask("short")) == undisturbed(ask("short"))
+    loop_went_on.set()
+    assert len((await long)[0]) == 8
+    await manager.stop()
+    assert where["short"] == threading.get_ident() != where["long"]

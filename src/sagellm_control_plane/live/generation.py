@@ -28,8 +28,8 @@ __all__ = ["Generation"]
 class Generation:
     """Runs the choices of one request at once and merges them. `close` may be called at any time, more than once."""
 
-    def __init__(self, dispatcher: Dispatcher, model: ChatModel, request: GenerationRequest) -> None:
-        self.request = request
+    def __init__(self, dispatcher: Dispatcher, model: ChatModel, prepared: PreparedRequest) -> None:
+        self.request: GenerationRequest = prepared.source
         self.began = time.monotonic()
         self.first_token_at: float | None = None
         self.ended_at: float | None = None
@@ -37,7 +37,7 @@ class Generation:
         self._dispatcher = dispatcher
         self._model = model
         self._mailbox = Mailbox()
-        self._prepared: PreparedRequest = model.prepare(request)
+        self._prepared = prepared
         self._decoders = [model.decoder(self._prepared, i) for i in range(len(self._prepared.engine_requests))]
         self._open: set[int] = set()
 

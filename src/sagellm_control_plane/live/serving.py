@@ -11,6 +11,7 @@ from sagellm_control_plane.live.engines import Engines
 from sagellm_control_plane.live.generation import Generation
 from sagellm_control_plane.live.requests import RequestEntry, RequestTable
 from sagellm_control_plane.live.scaling import Scaling
+from sagellm_control_plane.live.text_work import characters, off_loop
 from sagellm_control_plane.live.v01 import V01Requests
 from sagellm_control_plane.types import RequestStatus
 from sagellm_control_plane.view import RequestView
@@ -51,7 +52,7 @@ class Serving:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Run a request: start, deltas, end."""
         await self._ensure(request.model)
-        entry = self._begin(request)
+        entry = await self._begin(request)
         generation = entry.generation
         assert generation is not None
         status = RequestStatus.CANCELLED
@@ -69,10 +70,13 @@ class Serving:
             generation.close()
             self._requests.end(request.request_id, status, keep=False)
 
-    def _begin(self, request: GenerationRequest) -> RequestEntry:
+    async def _begin(self, request: GenerationRequest) -> RequestEntry:
         self._refuse_when_closed()
         request = self._adapters.applied(request)
-        entry = RequestEntry(Generation(self._dispatcher, self._engines.chat_model(request.model), request))
+        model = self._engines.chat_model(request.model)
+        prepared = await off_loop(characters(request), lambda: model.prepare(request))
+        self._refuse_when_closed()
+        entry = RequestEntry(Generation(self._dispatcher, model, prepared))
         self._requests.begin(request.request_id, entry)
         return entry
 
@@ -100,7 +104,7 @@ class Serving:
     async def submit(self, request: Request) -> str:
         """Run a v0.1 request in the background."""
         await self._ensure(request.model)
-        return self._v01.submit(request)
+        return await self._v01.submit(request)
 
     async def result(self, request_id: str, timeout_s: float | None) -> Response:
         """Wait for a submitted request."""
@@ -110,13 +114,17 @@ class Serving:
         """Compute vectors."""
         request = self._adapters.applied(request)
         await self._ensure(request.model)
-        return await self._embed(request.model, self._engines.embedding_model(request.model).prepare_embedding(request))
+        model = self._engines.embedding_model(request.model)
+        size = sum(len(text) for text in request.inputs if isinstance(text, str))
+        return await self._embed(request.model, await off_loop(size, lambda: model.prepare_embedding(request)))
 
     async def score(self, request: ScoreRequest) -> EmbedResult:
         """Score documents against a query."""
         request = self._adapters.applied(request)
         await self._ensure(request.model)
-        return await self._embed(request.model, self._engines.embedding_model(request.model).prepare_score(request))
+        model = self._engines.embedding_model(request.model)
+        size = sum(len(request.query) + len(document) for document in request.documents)
+        return await self._embed(request.model, await off_loop(size, lambda: model.prepare_score(request)))
 
     async def _embed(self, model: str, request: EmbedRequest) -> EmbedResult:
         self._refuse_when_closed()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
 from sagellm_control_plane.live.requests import RequestEntry, RequestTable, metrics_of, response_of
@@ -32,18 +32,20 @@ __all__ = ["V01Requests"]
 class V01Requests:
     """Runs `Request` over generations."""
 
-    def __init__(self, table: RequestTable, open_request: Callable[[GenerationRequest], RequestEntry]) -> None:
+    def __init__(
+        self, table: RequestTable, open_request: Callable[[GenerationRequest], Awaitable[RequestEntry]]
+    ) -> None:
         self._table = table
         self._open = open_request
 
     async def execute(self, request: Request) -> Response:
         """Run a request to its end."""
-        entry = self._begin(request)
+        entry = await self._begin(request)
         return await self._run(request, entry, keep=True)
 
-    def submit(self, request: Request) -> str:
+    async def submit(self, request: Request) -> str:
         """Run a request in the background."""
-        entry = self._begin(request)
+        entry = await self._begin(request)
         entry.task = asyncio.get_running_loop().create_task(self._run(request, entry, keep=True))
         return request.request_id
 
@@ -64,7 +66,7 @@ class V01Requests:
 
     async def stream(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
         """Run a request and yield its events; a failure after the start is in the end event's `error`."""
-        entry = self._begin(request)
+        entry = await self._begin(request)
         generation = entry.generation
         assert generation is not None
         request_id, trace_id = request.request_id, request.trace_id
@@ -117,14 +119,14 @@ class V01Requests:
         tasks = [entry.task for entry in self._table.running() if entry.task is not None]
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _begin(self, request: Request) -> RequestEntry:
+    async def _begin(self, request: Request) -> RequestEntry:
         if request.kv_budget_tokens is not None:
             raise UnsupportedError(
                 "kv_budget_tokens is not supported: bound the request by max_tokens", param="kv_budget_tokens"
             )
         if request.phase is not None:
             raise UnsupportedError("phase is not supported over this call: leave it out", param="phase")
-        return self._open(request.to_generation())
+        return await self._open(request.to_generation())
 
     async def _run(self, request: Request, entry: RequestEntry, *, keep: bool) -> Response:
         generation = entry.generation

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from sagellm_gateway.context import Call
 from sagellm_gateway.dialects import anthropic
 from sagellm_gateway.dialects.openai_common import Head, ignored_fields
@@ -37,5 +39,5 @@ async def count_tokens(call: Call) -> None:
     body = convert(raw, anthropic.CountBody)
     call.ignore(ignored_fields(raw, anthropic.KNOWN_COUNT))
     request = anthropic.request_of(body, new_id("msg_"), call.gateway.config.limits)
-    prepared = call.gateway.manager.chat_model(request.model).prepare(request)
+    prepared = await asyncio.to_thread(call.gateway.manager.chat_model(request.model).prepare, request)
     await call.json({"input_tokens": len(prepared.engine_requests[0].prompt_token_ids)})

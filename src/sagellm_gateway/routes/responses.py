@@ -348,6 +348,6 @@ async def input_tokens(call: Call) -> None:
     body = convert(raw, dialect.ResponsesBody)
     items = [*await _history(call, body.previous_response_id), *await _own(call, body)]
     request = dialect.request_of(body, items, new_id("resp_"), call.gateway.config.limits)
-    prepared = call.gateway.manager.chat_model(request.model).prepare(request)
+    prepared = await asyncio.to_thread(call.gateway.manager.chat_model(request.model).prepare, request)
     count = len(prepared.engine_requests[0].prompt_token_ids)
     await call.json({"object": "response.input_tokens", "input_tokens": count})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -56,9 +57,11 @@ async def tokenize(call: Call) -> None:
     if body.messages is not None:
         chat = openai_chat.ChatBody(model=model.model_id, messages=body.messages)
         request = openai_chat.request_of(chat, new_id("tok-"), call.gateway.config.limits)
-        tokens = list(model.prepare(request).engine_requests[0].prompt_token_ids)
+        tokens = list((await asyncio.to_thread(model.prepare, request)).engine_requests[0].prompt_token_ids)
     elif text is not None:
-        tokens = model.tokenize(text, add_special_tokens=body.add_special_tokens, parse_special=body.parse_special)
+        tokens = await asyncio.to_thread(
+            model.tokenize, text, add_special_tokens=body.add_special_tokens, parse_special=body.parse_special
+        )
     else:
         raise InvalidArgumentError("prompt is missing: send prompt or messages", param="prompt")
     answer: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": model.context_length}
