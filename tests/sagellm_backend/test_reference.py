@@ -5,7 +5,6 @@ import subprocess
 import sys
 import tracemalloc
 from dataclasses import replace
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -17,7 +16,6 @@ from sagellm_backend import reference
 from sagellm_backend.base import LoadOptions, RowSampling, StepBatch
 from sagellm_backend.conformance import SequenceRun, run_batch
 from sagellm_backend.conformance_specs import SPECS, random_ids, random_weights
-from sagellm_backend.host import host_memory
 from sagellm_backend.quant import dequantize, round_trip
 from sagellm_backend.reference import ReferenceBackend
 from sagellm_backend.reference_ops import Tiling, activate, attend, erf, rms_norm, rotate, route, softcap
@@ -231,53 +229,3 @@ def test_prefill_memory_does_not_grow_with_the_context() -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[-1] < 1.5 * peaks[0]
-
-
-def fake_root(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
-
-
-MEMINFO = "MemTotal: 1000 kB\nMemFree: 100 kB\nMemAvailable: 600 kB\n"
-
-
-def test_memory_without_cgroups(tmp_path: Path) -> None:
-    """Without a cgroup limit, memory is the kernel's total and available."""
-    memory = host_memory(fake_root(tmp_path, {"proc/meminfo": MEMINFO}))
-    assert (memory.total, memory.free) == (1000 * 1024, 600 * 1024)
-
-
-def test_memory_of_cgroup_v2(tmp_path: Path) -> None:
-    """The lowest limit of the chain of v2 cgroups counts, page cache that can be dropped is free."""
-    files = {
-        "proc/meminfo": MEMINFO,
-        "proc/self/cgroup": "0::/a/b\n",
-        "sys/fs/cgroup/a/memory.max": "409600\n",
-        "sys/fs/cgroup/a/memory.current": "204800\n",
-        "sys/fs/cgroup/a/memory.stat": "anon 1\ninactive_file 102400\n",
-        "sys/fs/cgroup/a/b/memory.max": "max\n",
-        "sys/fs/cgroup/a/b/memory.current": "1\n",
-    }
-    memory = host_memory(fake_root(tmp_path, files))
-    assert (memory.total, memory.free) == (409600, 307200)
-
-
-def test_memory_of_cgroup_v1(tmp_path: Path) -> None:
-    """The limit of a v1 memory controller counts, also where the path is the host's and only the mount exists."""
-    files = {
-        "proc/meminfo": MEMINFO,
-        "proc/self/cgroup": "4:cpu:/x\n3:memory:/docker/abc\n",
-        "sys/fs/cgroup/memory/memory.limit_in_bytes": "512000\n",
-        "sys/fs/cgroup/memory/memory.usage_in_bytes": "500000\n",
-        "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 0\n",
-    }
-    memory = host_memory(fake_root(tmp_path, files))
-    assert (memory.total, memory.free) == (512000, 12000)
-
-
-def test_memory_of_this_machine() -> None:
-    """On the machine at hand, some memory is free."""
-    memory = ReferenceBackend().memory()
-    assert 0 < memory.free <= memory.total

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sagellm_backend.host import host_threads
+
 __all__ = ["Limits", "measure_limits"]
 
 
@@ -40,9 +42,10 @@ def measure_limits(threads: int = 0, isa: str = "", nbytes: int = 256 << 20, rep
     from sagellm_backend.cpu import _native
 
     isa = isa or _native.supported_isas()[0]
+    threads = threads or host_threads()
     return Limits(
         instruction_set=isa,
-        threads=threads or _native.allowed_threads(),
+        threads=threads,
         read_bytes_per_s=_native.read_bandwidth(isa, threads, nbytes, repeats),
         int8_ops_per_s=_native.dot_peak(isa, "int8", threads, repeats),
         bf16_ops_per_s=_native.dot_peak(isa, "bf16", threads, repeats),

@@ -13,6 +13,7 @@ from sagellm_backend.base import LoadOptions, StepBatch, StepResult
 from sagellm_backend.cpu import _native
 from sagellm_backend.cpu.layout import Layout, plan_layout
 from sagellm_backend.cpu.weight_cache import Arena, anonymous_arena, cached_arena
+from sagellm_backend.host import host_threads
 from sagellm_backend.quant import dequantize
 from sagellm_backend.spec import DecoderSpec, RopeSpec
 from sagellm_backend.tensors import Weights
@@ -67,7 +68,7 @@ class CpuRunner:
     """A decoder whose step is one native call; see `sagellm_backend.cpu.backend.CpuBackend`."""
 
     def __init__(self, spec: DecoderSpec, weights: Weights, options: LoadOptions, *, isa: str, kv_dtype: str) -> None:
-        model = _native.Model(_config(spec), isa, options.threads)
+        model = _native.Model(_config(spec), isa, options.threads or host_threads())
         layout = plan_layout(spec, weights, options.quant)
         arena = _packed(model, layout, weights, options.cache_dir)
         for placed in layout.matrices:
