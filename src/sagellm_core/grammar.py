@@ -195,7 +195,10 @@ class LLGuidanceCompiler:
             entry = self._cache.get(spec)
             if entry is None:
                 text = grammar_text(spec)
-                entry = self._thread.submit(self._compile, spec, text), _ENTRY_BYTES
+                try:
+                    entry = self._thread.submit(self._compile, spec, text), _ENTRY_BYTES
+                except RuntimeError as error:  # the interpreter is ending: its pools take no more work
+                    raise UnavailableError("the engine is stopping: send the request again") from error
                 self._cache[spec] = entry
             self._cache.move_to_end(spec)
             return GrammarConstraint(entry[0])

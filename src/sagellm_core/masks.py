@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,10 +57,11 @@ class MaskFiller:
         A matcher that is None, or beyond llguidance's limits, allows nothing. The matchers do not move.
         """
         rows = np.zeros((sum(1 + len(draft) for _, draft in asked), self._words), np.uint32)
-        if len(rows) * self._mask_s < _HAND_OVER_S:
-            self._write(rows, asked)
-            return Masks(rows, None)
-        return Masks(rows, self._thread.submit(self._write, rows, asked))
+        if len(rows) * self._mask_s >= _HAND_OVER_S:
+            with suppress(RuntimeError):  # the interpreter is ending: its pools take no more work
+                return Masks(rows, self._thread.submit(self._write, rows, asked))
+        self._write(rows, asked)
+        return Masks(rows, None)
 
     def close(self) -> None:
         """End the thread. Idempotent."""

@@ -206,17 +206,20 @@ async def test_one_wake_up_a_step(local, monkeypatch):
 
 LEAVE_EARLY = """
 import asyncio, sys, threading
+from sagellm_core import masks
 from sagellm_core.build import build_engine
 from sagellm_core.config import EngineConfig, Limits
 from sagellm_core.local import LocalEngine
 from sagellm_protocol.engine import EngineRequest
-from sagellm_protocol.sampling import SamplingParams
+from sagellm_protocol.sampling import GrammarSpec, SamplingParams
 
+masks._HAND_OVER_S = 0.0  # every mask goes to the thread
+grammar = GrammarSpec(kind="regex", source="[a-z]*") if sys.argv[2:] else None
 engine = LocalEngine(build_engine(EngineConfig(model=sys.argv[1], limits=Limits(n_ctx=1024, parallel=2))))
 started = threading.Event()
 
 async def read():
-    how = SamplingParams(temperature=0.0, seed=0, max_tokens=1000, ignore_eos=True)
+    how = SamplingParams(temperature=0.0, seed=0, max_tokens=1000, ignore_eos=True, grammar=grammar)
     async for _ in engine.stream(EngineRequest(request_id="r", prompt_token_ids=(1, 2, 3), sampling=how)):
         started.set()
 
@@ -232,15 +235,16 @@ print("leaving")
 """
 
 
-def leave_early(model):
-    command = [sys.executable, "-c", LEAVE_EARLY, str(model)]
+def leave_early(model, *more):
+    command = [sys.executable, "-c", LEAVE_EARLY, str(model), *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.mark.timeout(300)
-def test_the_interpreter_may_end_while_a_step_runs():
-    """Leaving the program without closing the engine ends with 0 and without a word on stderr."""
-    done = leave_early("mock")
+@pytest.mark.parametrize("more", [(), ("grammar",)], ids=["plain", "grammar"])
+def test_the_interpreter_may_end_while_a_step_runs(more):
+    """Leaving the program without closing the engine ends with 0 and without a word on stderr, also while masks are written."""
+    done = leave_early("mock", *more)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("leaving")
 
