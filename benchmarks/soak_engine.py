@@ -21,7 +21,7 @@ from sagellm_core.config import CacheOptions, EngineConfig, Limits, MockOptions,
 from sagellm_core.local import LocalEngine
 from sagellm_protocol.engine import EngineRequest
 from sagellm_protocol.errors import Error
-from sagellm_protocol.sampling import SamplingParams
+from sagellm_protocol.sampling import GrammarSpec, SamplingParams
 
 
 def request_of(number: int, rng: random.Random, vocab: int, prefixes: list[tuple[int, ...]]) -> EngineRequest:
@@ -33,6 +33,7 @@ def request_of(number: int, rng: random.Random, vocab: int, prefixes: list[tuple
         logprobs=rng.choice([None, None, 3]),
         repetition_penalty=rng.choice([1.0, 1.0, 1.1]),
         ignore_eos=rng.random() < 0.5,
+        grammar=grammar_of(number, rng) if rng.random() < 0.2 else None,
     )
     return EngineRequest(
         request_id=f"soak-{number}",
@@ -41,6 +42,19 @@ def request_of(number: int, rng: random.Random, vocab: int, prefixes: list[tuple
         eos_token_ids=(0, 2),
         priority=rng.randint(0, 4),
         deadline_s=rng.choice([None, None, None, rng.uniform(0.01, 5.0)]),
+    )
+
+
+def grammar_of(number: int, rng: random.Random) -> GrammarSpec:
+    """One that was seen before, one that is new, or one that is wrong."""
+    return rng.choice(
+        [
+            GrammarSpec(kind="json_object"),
+            GrammarSpec(kind="choice", source='["yes", "no", "perhaps not"]'),
+            GrammarSpec(kind="regex", source=f"([a-z]+ )*{number}"),
+            GrammarSpec(kind="json_schema", source=json.dumps({"type": "array", "items": {"const": f"item {number}"}})),
+            GrammarSpec(kind="regex", source="(never closed"),
+        ]
     )
 
 
@@ -58,14 +72,15 @@ async def visit(engine: LocalEngine, request: EngineRequest, rng: random.Random,
                 break
     finally:
         await stream.aclose()
-    tally["left early" if patience <= 0 else "failed" if error else "finished"] += 1
+    how = "left early" if patience <= 0 else f"failed: {error.code.value}" if error else "finished"
+    tally[how] = tally.get(how, 0) + 1
 
 
 async def soak(engine: LocalEngine, args: argparse.Namespace) -> dict[str, object]:
     rng = random.Random(args.seed)
     vocab = (await engine.describe()).vocab_size
     prefixes = [tuple(rng.randrange(3, vocab) for _ in range(n)) for n in (0, 16, 100, 256)]
-    tally = {"tokens": 0, "finished": 0, "left early": 0, "failed": 0}
+    tally = {"tokens": 0, "finished": 0, "left early": 0}
     samples: list[tuple[float, int]] = []
     tasks: set[asyncio.Task[None]] = set()
     number, began = 0, time.monotonic()

@@ -205,6 +205,7 @@ SAMPLERS: dict[str, dict[str, object]] = {
         "n_prompt": 2,
     },
     "bias and masks": {"logit_bias": {3: 2.0}, "banned": (1,), "mask": np.array([0x7FF], np.uint32)},
+    "allowed": {"allowed_token_ids": (1, 4, 5, 9), "temperature": 0.8},
     "all": {"temperature": 0.9, "top_k": 9, "typical_p": 0.95, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.1},
 }
 

@@ -137,6 +137,18 @@ def test_prompt_logprobs_equal_those_of_generating_the_same_text(rows):
     np.testing.assert_allclose([s.logprob for s in scores[len(PROMPT) :]], made.logprobs, atol=1e-6)
 
 
+def test_twenty_alternatives_of_every_token_of_prompt_and_output():
+    """The most that may be asked for comes whole, most likely first, for each token but the first."""
+    out = one(request(logprobs=20, prompt_logprobs=20, temperature=1.0))
+    scores = out.deltas[0].prompt_logprobs
+    entries = [*scores[1:], *(entry for delta in out.deltas for entry in delta.logprobs)]
+    assert len(entries) == len(PROMPT) - 1 + len(out.token_ids)
+    for entry in entries:
+        values = [other.logprob for other in entry.top]
+        assert len({other.token_id for other in entry.top}) == 20
+        assert values == sorted(values, reverse=True)
+
+
 def test_prompt_logprobs_are_complete_after_a_prefix_hit():
     """Rows whose scores are wanted are computed although their blocks are cached."""
     engine = mock_engine()
