@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from sagellm_core.config import EngineConfig
 from sagellm_protocol.errors import ResourceExhaustedError
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
     from sagellm_backend.spec import DecoderSpec
 
 __all__ = ["MemoryPlan", "plan_memory"]
+
+_Sized = tuple["DecoderSpec", int]
+"""A model and the bytes of its file."""
 
 DEFAULT_CONTEXT = 8192
 LEAST_CONTEXT = 256
@@ -91,12 +97,20 @@ def plan_memory(
     Raises:
         ResourceExhaustedError: it does not fit; the message has what is needed, what is free and the flag that makes it fit.
     """
+    models = [(spec, file_bytes)] if draft is None else [(spec, file_bytes), draft]
+    plan, room = _sized(config, models, backend)
+    if plan.kv_bytes > room:
+        raise ResourceExhaustedError(_refusal(config, models, backend))
+    return plan
+
+
+def _sized(config: EngineConfig, models: Sequence[_Sized], backend: Backend) -> tuple[MemoryPlan, int]:
+    """Return the sizes for `config` and the bytes that are left for KV; if those are fewer than the plan's, it does not fit."""
     from sagellm_backend.base import BLOCK_SIZE
 
-    limits = config.limits
+    limits, (spec, _) = config.limits, models[0]
     drafts = config.speculation.max_draft if config.speculation.method != "none" else 0
     max_logit_rows = limits.parallel * (1 + drafts) + 16
-    models = [(spec, file_bytes)] if draft is None else [(spec, file_bytes), draft]
     weights = sum(_weight_bytes(config, each, size, backend) for each, size in models)
     activations = sum(_activation_bytes(each, limits.max_batch_tokens) for each, _ in models)
     scratch = len(models) * max_logit_rows * spec.vocab_size * 4 + RUNTIME_BYTES
@@ -122,9 +136,7 @@ def plan_memory(
         max_rows=limits.max_batch_tokens,
         max_logit_rows=max_logit_rows,
     )
-    if n_blocks * block_bytes > room:
-        raise ResourceExhaustedError(_refusal(config, plan, room, BLOCK_SIZE))
-    return plan
+    return plan, room
 
 
 def _context(config: EngineConfig, spec: DecoderSpec, most: int) -> int:
@@ -158,21 +170,49 @@ def _activation_bytes(spec: DecoderSpec, rows: int) -> int:
     return rows * (4 * spec.d_model + 2 * heads + 3 * spec.d_ff) * 4
 
 
-def _refusal(config: EngineConfig, plan: MemoryPlan, room: int, block_size: int) -> str:
+def _refusal(config: EngineConfig, models: Sequence[_Sized], backend: Backend) -> str:
+    plan, room = _sized(config, models, backend)
     fact = (
         f"the engine needs {human(plan.total_bytes)} (weights {human(plan.weight_bytes)}, KV {human(plan.kv_bytes)} for one "
         f"sequence of {plan.n_ctx} tokens, the rest {human(plan.activation_bytes + plan.scratch_bytes)})"
     )
     if config.cache.kv_bytes is not None and config.cache.kv_bytes == room:
         return f"{fact}, --kv-size allows {human(room)} for KV: pass --kv-size {plan.kv_bytes} or more"
-    fitting = max(0, room) // plan.block_bytes * block_size - block_size
-    if fitting >= LEAST_CONTEXT:
-        cure = f"pass --ctx {fitting} or less"
-    elif config.device.quant in ("auto", "bf16", "f32", "q8"):
-        cure = "pass --quant q4, or take a smaller model"
-    else:
-        cure = "take a smaller model"
+    cures = [flag for flag, changed in _cheaper(config, models, backend) if _fits(changed, models, backend)]
+    singles = [flag for flag in cures if flag.count("--") == 1]
+    cure = f"pass {' or '.join(singles or cures[:1])}" if cures else "take a smaller model"
     return f"{fact}, {human(plan.free_bytes)} is free: {cure}"
+
+
+def _fits(config: EngineConfig, models: Sequence[_Sized], backend: Backend) -> bool:
+    plan, room = _sized(config, models, backend)
+    return plan.kv_bytes <= room
+
+
+def _cheaper(config: EngineConfig, models: Sequence[_Sized], backend: Backend) -> Iterator[tuple[str, EngineConfig]]:
+    """Yield flags that ask for less memory, alone and then together, and the configuration with them."""
+    flags: list[tuple[str, dict[str, str]]] = []
+    if config.device.kv_dtype != "int8" and "int8" in backend.capability().kv_dtypes:
+        flags.append(("--kv-dtype int8", {"kv_dtype": "int8"}))
+    if config.device.quant != "q4" and "q4" in backend.capability().formats:
+        flags.append(("--quant q4", {"quant": "q4"}))
+    if len(flags) == 2:
+        flags.append((f"{flags[0][0]} {flags[1][0]}", flags[0][1] | flags[1][1]))
+    for flag, device in [("", {}), *flags]:
+        changed = replace(config, device=replace(config.device, **device))
+        n_ctx = _fitting(changed, models, backend)
+        if flag:
+            yield flag, changed
+        if LEAST_CONTEXT <= n_ctx < (config.limits.n_ctx or 0):
+            yield f"{flag} --ctx {n_ctx}".strip(), replace(changed, limits=replace(config.limits, n_ctx=n_ctx))
+
+
+def _fitting(config: EngineConfig, models: Sequence[_Sized], backend: Backend) -> int:
+    """Tokens of the longest context for which there is room, with a block for a copy."""
+    from sagellm_backend.base import BLOCK_SIZE
+
+    plan, room = _sized(config, models, backend)
+    return max(0, room) // plan.block_bytes * BLOCK_SIZE - BLOCK_SIZE
 
 
 def human(n_bytes: int) -> str:

@@ -1,5 +1,7 @@
 """The memory plan: numbers that add up, sizes that follow from what is free, refusals that say what fits."""
 
+import dataclasses
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -24,6 +26,16 @@ class Machine(ReferenceBackend):
 
     def memory(self):
         return MemoryInfo(total=1 << 40, free=self.free)
+
+
+class Quantising(Machine):
+    """The same with weights in 4 bits and a KV cache in 8."""
+
+    def capability(self):
+        return dataclasses.replace(super().capability(), formats=("q4", "f32"), kv_dtypes=("f32", "int8"))
+
+    def kv_block_bytes(self, spec, kv_dtype):
+        return super().kv_block_bytes(spec, "f32") // (4 if kv_dtype == "int8" else 1)
 
 
 SPEC = msgspec.structs.replace(
@@ -79,10 +91,41 @@ def test_an_impossible_context_is_refused_with_the_numbers_and_the_flag_that_fit
         plan(200, limits=Limits(n_ctx=fitting + 17))
 
 
-def test_weights_that_do_not_fit_ask_for_a_smaller_precision():
-    """No context helps when the weights alone are too large."""
-    with pytest.raises(ResourceExhaustedError, match="--quant q4"):
-        plan(80)
+def test_weights_that_do_not_fit_ask_for_a_smaller_precision_or_model():
+    """No context helps when the weights alone are too large: 4 bits do, on a device that has them."""
+    config = EngineConfig(model="some.gguf", limits=Limits(n_ctx=512))
+    with pytest.raises(ResourceExhaustedError, match=r"pass --quant q4$"):
+        plan_memory(config, SPEC, 200 * MIB, Quantising(120 * MIB))
+    with pytest.raises(ResourceExhaustedError, match=r"take a smaller model$"):
+        plan_memory(config, SPEC, 200 * MIB, Machine(120 * MIB))
+
+
+FLAGS = {
+    "--ctx": ("limits", "n_ctx", int),
+    "--kv-dtype": ("device", "kv_dtype", str),
+    "--quant": ("device", "quant", str),
+}
+
+
+@given(st.integers(50, 2000), st.one_of(st.none(), st.integers(2, 8192)), st.integers(1, 32), st.integers(1, 400))
+def test_every_flag_of_a_refusal_makes_it_fit(free_mib, n_ctx, parallel, file_mib):
+    """Whatever does not fit: each of the ways out that the message names is one."""
+    config = EngineConfig(model="some.gguf", limits=Limits(n_ctx=n_ctx, parallel=parallel))
+    machine = Quantising(free_mib * MIB)
+    try:
+        plan_memory(config, SPEC, file_mib * MIB, machine)
+    except ResourceExhaustedError as error:
+        cure = error.message.rpartition("is free: ")[2]
+    else:
+        return
+    for way in [] if cure == "take a smaller model" else cure.removeprefix("pass ").split(" or "):
+        changed = config
+        words = way.split()
+        for flag, value in zip(words[::2], words[1::2], strict=True):
+            group, name, kind = FLAGS[flag]
+            part = msgspec.structs.replace(getattr(changed, group), **{name: kind(value)})
+            changed = msgspec.structs.replace(changed, **{group: part})
+        assert plan_memory(changed, SPEC, file_mib * MIB, machine).fits, way
 
 
 def test_the_byte_cap_of_the_cache_is_hard():
