@@ -125,9 +125,11 @@ def collect(engine: Engine, requests: Iterable[EngineRequest], *, max_steps: int
     raise RuntimeError(f"still work to do after {max_steps} steps: {engine.status()}")
 
 
-def run_alone(request: EngineRequest, adapters: Iterable[Adapter] = ()) -> Collected:
+def run_alone(
+    request: EngineRequest, adapters: Iterable[Adapter] = (), grammars: GrammarCompiler | None = None
+) -> Collected:
     """Run one request on a fresh engine with room for everything and nothing that could change the result."""
-    engine = mock_engine(prefix_caching=False, max_running=1)
+    engine = mock_engine(prefix_caching=False, max_running=1, grammars=grammars)
     for adapter in adapters:
         engine.load_adapter(adapter)
     return collect(engine, [request])[request.request_id]

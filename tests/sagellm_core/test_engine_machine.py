@@ -2,6 +2,7 @@
 
 import random
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,60 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from sagellm_backend.adapter import Adapter
+from sagellm_core import masks
+from sagellm_core.grammar import LLGuidanceCompiler
 from sagellm_core.speculation import NgramSpeculator
 from sagellm_core.testing import Collected, collect, mock_engine, run_alone
+from sagellm_core.text.bytes_model import VOCAB_SIZE, ByteChatModel
 from sagellm_protocol.engine import EngineRequest
 from sagellm_protocol.errors import InvalidArgumentError
-from sagellm_protocol.sampling import SamplingParams
+from sagellm_protocol.sampling import GrammarSpec, SamplingParams
 
 N_CTX = 96
 ADAPTERS = {
     name: Adapter(name, {"0.q": (np.full((1, 32), value, np.float32), np.ones((32, 1), np.float32))})
     for value, name in enumerate(("formal", "brief"))
 }
+
+
+class Grammars:
+    """Grammars that are compiled once for all engines of these tests, so that none of them waits for one."""
+
+    def __init__(self):
+        self._compiler = LLGuidanceCompiler(lambda: ByteChatModel("m", 4096).tokenizer, VOCAB_SIZE)
+
+    def compile(self, spec):
+        constraint = self._compiler.compile(spec)
+        while not constraint.ready():  # only the first time
+            threading.Event().wait(0.001)
+        return constraint
+
+    def masks(self, asked):
+        return self._compiler.masks(asked)
+
+    def close(self):
+        """The next engine uses them too."""
+
+    def end(self):
+        self._compiler.close()
+
+
+GRAMMARS = Grammars()
+SENTENCES = [
+    None,
+    None,
+    GrammarSpec(kind="regex", source="(a[bc]|x y)*z?"),
+    GrammarSpec(kind="choice", source='["abcabcabcabcd", "abc", "yes"]'),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def masks_on_their_thread():
+    """However little they take, masks are written beside the steps; the process that compiles grammars ends with the module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "_HAND_OVER_S", 0.0)
+        yield
+    GRAMMARS.end()
 
 
 def request_of(name: str, prompt: bytes, **how) -> EngineRequest:
@@ -56,6 +100,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_logit_rows=5 * 5 + 16,
             prefix_caching=caching,
             clock=lambda: self.now,
+            grammars=GRAMMARS,
             speculator=NgramSpeculator(4, 3, 1) if guess else None,
             spill_dir=Path(self.dir.name) if spill else None,
             spill_blocks=6,
@@ -77,8 +122,9 @@ class EngineMachine(RuleBasedStateMachine):
         scored=st.booleans(),
         copies=st.integers(1, 3),
         adapter=st.sampled_from([None, None, "formal", "brief"]),
+        grammar=st.sampled_from(SENTENCES),
     )
-    def add(self, prompt, max_tokens, priority, temperature, seed, salt, deadline, scored, copies, adapter):
+    def add(self, prompt, max_tokens, priority, temperature, seed, salt, deadline, scored, copies, adapter, grammar):
         for _ in range(copies):
             name = f"r{len(self.requests)}"
             request = request_of(
@@ -90,6 +136,7 @@ class EngineMachine(RuleBasedStateMachine):
                     "max_tokens": max_tokens,
                     "logprobs": 1,
                     "prompt_logprobs": 0 if scored else None,
+                    "grammar": grammar,
                 },
                 priority=priority,
                 cache_salt=salt,
@@ -167,7 +214,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert out.deltas, f"{request.request_id} never ended"
         assert sum(delta.finish_reason is not None for delta in out.deltas) == 1
         assert out.finish_reason is not None
-        want = run_alone(request, ADAPTERS.values())
+        want = run_alone(request, ADAPTERS.values(), GRAMMARS)
         if out.finish_reason in ("stop", "length"):
             assert out.token_ids == want.token_ids
             assert out.logprobs == want.logprobs
