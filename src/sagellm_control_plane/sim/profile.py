@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
-from math import ceil
 
 from sagellm_control_plane.sim.engine_model import EngineConstants
 from sagellm_protocol.engine import EngineDescription, EngineRequest
@@ -20,7 +19,7 @@ from sagellm_protocol.sampling import SamplingParams
 __all__ = ["fit_line", "profile_engine"]
 
 _DECODE_TOKENS = 24
-_SHORT = 16
+_SHORT, _LONG = 16, 1536
 #: What the scheduler of our engines gives the oldest of several prompts.
 _OLDEST_SHARE = 0.25
 
@@ -65,7 +64,8 @@ class _Probe:
         # Only while all of them decode is a step one of so many sequences.
         start, end = max(run[0] for run in runs), min(run[-1] for run in runs)
         gaps = [b - a for run in runs for a, b in itertools.pairwise(run) if a >= start and b <= end]
-        return statistics.median(gaps) if gaps else statistics.median(run[-1] - run[0] for run in runs) / _DECODE_TOKENS
+        # The mean: a step that comes late takes its time from all that is to be done, and tokens of two steps may come as one.
+        return statistics.fmean(gaps) if gaps else statistics.fmean(run[-1] - run[0] for run in runs) / _DECODE_TOKENS
 
 
 async def profile_engine(client: EngineClient, *, seed: int = 1, repeats: int = 3) -> EngineConstants:
@@ -77,19 +77,20 @@ async def profile_engine(client: EngineClient, *, seed: int = 1, repeats: int = 
     known = await client.describe()
     probe = _Probe(client, known, seed)
     await probe.run(_SHORT, 4)
-    sizes = [n for n in (1, 2, 4, 8) if n <= known.max_sequences]
+    sizes = [n for n in (1, 2, 4, 8, 16) if n <= known.max_sequences]
     steps = [(float(n), await probe.step(n, _SHORT)) for n in sizes]
     fixed, per_sequence = fit_line(steps)
-    room = max(known.context_length - _DECODE_TOKENS - 1, 4 * _SHORT)
-    lengths = [length for length in (64, 256, 768, 1536) if length <= room]
-    firsts = []
-    for length in lengths:
-        seconds = statistics.median([(await probe.run(length, 1))[0] for _ in range(repeats)])
-        # Each chunk of the prompt pays the fixed part of a step, which is not the tokens' own.
-        firsts.append((float(length), seconds - ceil(length / known.max_batch_tokens) * steps[0][1]))
+    room = min(max(known.context_length - _DECODE_TOKENS - 1, 4 * _SHORT), _LONG)
+    # Prompts of one step each: longer ones would pay for their further steps, which is not the tokens' own.
+    chunk = min(room, known.max_batch_tokens)
+    lengths = [chunk * quarter // 4 for quarter in (1, 2, 3, 4)]
+    firsts = [
+        (float(length), statistics.median([(await probe.run(length, 1))[0] for _ in range(repeats)]))
+        for length in lengths
+    ]
     _overhead, per_prompt_token = fit_line(firsts)
-    long_step = await probe.step(1, lengths[-1])
-    per_token = max(long_step - steps[0][1], 0.0) / (lengths[-1] - _SHORT)
+    long_step = await probe.step(1, room)
+    per_token = max(long_step - steps[0][1], 0.0) / (room - _SHORT)
     return EngineConstants(
         prefill_tps=1.0 / max(per_prompt_token, 1e-9),
         step_s=max(fixed, 1e-6),
