@@ -83,7 +83,7 @@ SETTINGS: dict[str, Setting] = {
         Setting("parallel", int, None, "sequences that run at the same time"),
         Setting("max_batch_tokens", int, None, "rows of one step: decode and prefill together"),
         Setting("memory", str, None, "cap of weights, KV and scratch together"),
-        Setting("backend", str, None, "cpu, reference, mock, or an installed one"),
+        Setting("backend", str, None, "cpu, cuda, reference, mock, or an installed one"),
         Setting("threads", int, None, "CPU threads of an engine; 0 is automatic"),
         Setting("quant", str, None, "precision of the weights"),
         Setting("kv_dtype", str, None, "precision of the KV cache"),

@@ -15,7 +15,7 @@ from sagellm_core.scheduler import Work
 from sagellm_protocol.generation import TokenLogprob
 from sagellm_protocol.sampling import SamplingParams
 
-__all__ = ["Draw", "adapter_numbers", "build_batch", "read_result"]
+__all__ = ["Draw", "adapter_numbers", "build_batch", "build_followers", "draw_counts", "penalised", "read_result"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +44,34 @@ def build_batch(works: Sequence[Work], grammars: GrammarCompiler | None) -> Step
         for row, how in _rows(work, mask):
             logit_rows.append(first + row)
             sampling.append(how)
-    width = max(len(work.seq.blocks) for work in works)
-    tables = np.full((len(works), width), -1, np.int32)
-    for index, work in enumerate(works):
-        tables[index, : len(work.seq.blocks)] = work.seq.blocks
     return StepBatch(
         token_ids=np.array(token_ids, np.int32),
         starts=np.array([work.start for work in works], np.int32),
         lengths=np.array([work.n_rows + len(work.draft) for work in works], np.int32),
-        block_tables=tables,
+        block_tables=_tables(works),
         logit_rows=np.array(logit_rows, np.int32),
         sampling=sampling,
         adapters=adapter_numbers([work.seq for work in works]),
         masks_ready=None if masks is None else masks.wait,
     )
+
+
+def build_followers(works: Sequence[Work], rows: Sequence[int]) -> StepBatch:
+    """Return one row for each work, whose token is what logit row ``rows[i]`` of the step before draws (`LaunchRunner`)."""
+    return StepBatch(
+        token_ids=-1 - np.array(rows, np.int32),
+        starts=np.array([work.start for work in works], np.int32),
+        lengths=np.ones(len(works), np.int32),
+        block_tables=_tables(works),
+        logit_rows=np.arange(len(works), dtype=np.int32),
+        sampling=[_sampling(work.seq, [0], None) for work in works],  # the unknown token counts, its value does not
+        adapters=adapter_numbers([work.seq for work in works]),
+    )
+
+
+def draw_counts(works: Sequence[Work]) -> list[int]:
+    """Return how many logit rows each work has."""
+    return [work.n_scored + (1 + len(work.draft)) * work.draws for work in works]
 
 
 def adapter_numbers(seqs: Sequence[SequenceState]) -> npt.NDArray[np.int32] | None:
@@ -66,12 +80,13 @@ def adapter_numbers(seqs: Sequence[SequenceState]) -> npt.NDArray[np.int32] | No
     return numbers if (numbers >= 0).any() else None
 
 
-def read_result(works: Sequence[Work], batch: StepBatch, result: StepResult) -> Iterator[tuple[Work, list[Draw]]]:
-    """Yield each work with what its logit rows gave, in order."""
+def read_result(
+    works: Sequence[Work], batch: StepBatch, result: StepResult, counts: Sequence[int] | None = None
+) -> Iterator[tuple[Work, list[Draw]]]:
+    """Yield each work with what its logit rows gave, in order; `counts` are those of before the sequences changed."""
     ids, logprobs = result.token_ids.tolist(), result.logprobs.tolist()
     cursor = 0
-    for work in works:
-        n = work.n_scored + (1 + len(work.draft)) * work.draws
+    for work, n in zip(works, draw_counts(works) if counts is None else counts, strict=True):
         draws = []
         for index in range(cursor, cursor + n):
             how = batch.sampling[index]
@@ -79,6 +94,14 @@ def read_result(works: Sequence[Work], batch: StepBatch, result: StepResult) -> 
             draws.append(Draw(ids[index], logprob, how.target >= 0))
         cursor += n
         yield work, draws
+
+
+def _tables(works: Sequence[Work]) -> npt.NDArray[np.int32]:
+    width = max(len(work.seq.blocks) for work in works)
+    tables = np.full((len(works), width), -1, np.int32)
+    for index, work in enumerate(works):
+        tables[index, : len(work.seq.blocks)] = work.seq.blocks
+    return tables
 
 
 def _rows(work: Work, masks: Iterator[Any]) -> Iterator[tuple[int, RowSampling]]:
@@ -96,7 +119,7 @@ def _rows(work: Work, masks: Iterator[Any]) -> Iterator[tuple[int, RowSampling]]
 
 def _sampling(seq: SequenceState, ahead: list[int], mask: Any) -> RowSampling:
     params = seq.sampling
-    needs_history = _penalised(params)
+    needs_history = penalised(params)
     return RowSampling(
         params,
         seed=params.seed or 0,
@@ -109,7 +132,8 @@ def _sampling(seq: SequenceState, ahead: list[int], mask: Any) -> RowSampling:
     )
 
 
-def _penalised(params: SamplingParams) -> bool:
+def penalised(params: SamplingParams) -> bool:
+    """Whether a draw depends on the tokens before it other than through the model."""
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 

@@ -55,7 +55,9 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = monotonic
         UnavailableError: the backend cannot run here.
         UnsupportedError: the backend lacks something that the model or the options need.
     """
+    from sagellm_backend.overlap import LaunchRunner
     from sagellm_core.engine import Engine, EngineSettings
+    from sagellm_core.overlap import OverlapEngine
     from sagellm_core.spill import DiskTier
 
     backend = _backend(config)
@@ -86,7 +88,11 @@ def build_engine(config: EngineConfig, *, clock: Callable[[], float] = monotonic
             model_path="" if config.is_mock else config.model,
         )
         grammars = _grammars(config, model.spec)
-        engine = Engine(runner, settings, clock=clock, grammars=grammars, speculator=speculator, spill=spill)
+        engine: Engine
+        if speculator is None and isinstance(runner, LaunchRunner):
+            engine = OverlapEngine(runner, settings, clock=clock, grammars=grammars, spill=spill)
+        else:
+            engine = Engine(runner, settings, clock=clock, grammars=grammars, speculator=speculator, spill=spill)
         undo.callback(engine.close)
         _load_adapters(config, engine)
         undo.pop_all()

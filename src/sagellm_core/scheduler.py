@@ -126,6 +126,16 @@ class Scheduler:
         self._prefill(step)
         return step
 
+    def steady(self, now: float) -> bool:
+        """Whether `schedule` would neither let a sequence in nor end one by its deadline."""
+        if self._deadlines and self._deadlines[0][0] <= now:
+            return False
+        ready = next((seq for seq in self.waiting if not seq.blocked), None)
+        if ready is None:
+            return True
+        full = len(self.running) >= self.limits.max_running
+        return full and self.running[-1].request.priority <= ready.request.priority
+
     def advance(self, seq: SequenceState, n_computed: int) -> None:
         """Note that the cache now holds `n_computed` more tokens of `seq`."""
         before = seq.computed

@@ -65,7 +65,7 @@ Memory = Annotated[
 ]
 Backend = Annotated[
     str | None,
-    typer.Option("--backend", help="cpu, reference, mock, or an installed one [auto].", rich_help_panel=_DEVICE),
+    typer.Option("--backend", help="cpu, cuda, reference, mock, or an installed one [auto].", rich_help_panel=_DEVICE),
 ]
 Threads = Annotated[
     int | None,

@@ -11,6 +11,7 @@ from sagellm_backend.adapter import Adapter
 from sagellm_backend.base import StepBatch
 from sagellm_backend.cuda.matrix import Matrix
 from sagellm_backend.cuda.ops import Routes, TorchOps
+from sagellm_backend.cuda.plan import send
 from sagellm_backend.cuda.weights import Projection
 
 __all__ = ["AdapterRows", "AdapterStack"]
@@ -89,7 +90,7 @@ class AdapterStack:
             if number not in self._loaded:
                 raise ValueError(f"a sequence uses adapter {number}, which is not loaded")
         places = [self._places.get(number, -1) for number in batch.adapters.tolist()]
-        of_row = torch.from_numpy(np.repeat(np.asarray(places, np.int64), batch.lengths)).to(self.device)
+        of_row = send(np.repeat(np.asarray(places, np.int64), batch.lengths), self.device)
         source = torch.arange(of_row.numel(), device=self.device)
         return AdapterRows(self._factors, ops.routes(source, of_row, len(self._places)))
 

@@ -12,7 +12,7 @@ from sagellm_backend.host import host_memory
 from sagellm_backend.sampling import MAX_VOCAB
 from sagellm_backend.spec import DecoderSpec
 from sagellm_backend.tensors import Weights
-from sagellm_protocol.errors import UnsupportedError
+from sagellm_protocol.errors import ResourceExhaustedError, UnsupportedError
 
 if TYPE_CHECKING:  # it needs torch
     from sagellm_backend.cuda.runner import CudaRunner
@@ -107,10 +107,22 @@ class CudaBackend:
             raise UnsupportedError(
                 "this GPU has no 8-bit floats (it needs 8.9 or newer): unset SAGELLM_CUDA_FP8", param="quant"
             )
+        import torch
+
         from sagellm_backend.cuda.runner import CudaRunner
+        from sagellm_backend.cuda.weights import load_weights
 
         check_weights(spec, weights)
-        return CudaRunner(spec, weights, options, self.settings, self._kv_dtype(options.kv_dtype))
+        kv_dtype = self._kv_dtype(options.kv_dtype)
+        try:
+            loaded = load_weights(spec, weights, self.settings, options.quant)
+        except torch.OutOfMemoryError as error:
+            memory = self.memory()
+            raise ResourceExhaustedError(
+                f"the weights do not fit: {memory.free >> 20} MiB of {memory.total >> 20} MiB were free when the device refused "
+                "more: pass --quant q4 or q8, or take a smaller model"
+            ) from error
+        return CudaRunner(spec, loaded, options, self.settings, kv_dtype)
 
     def _kv_dtype(self, name: str) -> str:
         chosen = ("f32" if self.settings.dtype == "f32" else "bf16") if name == "auto" else name

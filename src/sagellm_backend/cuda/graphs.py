@@ -79,12 +79,12 @@ class DecodeGraphs:
         """Batch sizes that are captured."""
         return tuple(sorted(self._graphs))
 
-    def run(self, plan: StepPlan, last: torch.Tensor) -> torch.Tensor | None:
+    def run(self, plan: StepPlan, last: torch.Tensor | None) -> torch.Tensor | None:
         """Return the final-norm states (rows, d_model) of a decode step; None if it has to run without a graph.
 
         Args:
             plan: the step.
-            last: tokens of the launch before, for negative token ids.
+            last: what the step before draws, for negative token ids; None where there are none.
         """
         rows = plan.tokens.size
         if rows != plan.lengths.size or plan.logit_rows.size != rows or plan.tables.shape[1] > self._width:
@@ -124,7 +124,7 @@ class DecodeGraphs:
         )
         return _Graph(buffer, step)
 
-    def _fill(self, graph: _Graph, plan: StepPlan, size: int, last: torch.Tensor) -> None:
+    def _fill(self, graph: _Graph, plan: StepPlan, size: int, last: torch.Tensor | None) -> None:
         """Send a step into the graph's arrays. The tables of the rows that are too many may stay: they are only read."""
         rows, width = plan.tables.shape
         host = np.zeros((4, size), np.int32)
@@ -133,7 +133,7 @@ class DecodeGraphs:
         tables = np.where(plan.tables < 0, self._kv.spare, plan.tables).astype(np.int32)
         graph.buffer.copy_(_staged(host.reshape(-1), graph.buffer), non_blocking=True)
         graph.step.tables[:rows, :width].copy_(_staged(tables, graph.buffer), non_blocking=True)
-        if (plan.tokens < 0).any():
+        if last is not None:
             graph.step.tokens.copy_(follow(graph.step.tokens, last))
 
 

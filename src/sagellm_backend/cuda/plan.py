@@ -10,7 +10,7 @@ import torch
 
 from sagellm_backend.base import BLOCK_SIZE, StepBatch
 
-__all__ = ["DeviceStep", "StepPlan", "follow", "plan_step", "upload"]
+__all__ = ["DeviceStep", "StepPlan", "follow", "plan_step", "send", "upload"]
 
 Int32 = npt.NDArray[np.int32]
 
@@ -86,11 +86,17 @@ def plan_step(batch: StepBatch, short_rows: int, long_rows: int) -> StepPlan:
 def upload(plan: StepPlan, device: str) -> DeviceStep:
     """Send a plan to the device in one copy that the host does not wait for."""
     arrays = [getattr(plan, field.name) for field in fields(StepPlan)]
-    packed = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
-    if device.startswith("cuda"):
-        packed = packed.pin_memory().to(device, non_blocking=True)
+    packed = send(np.concatenate([array.reshape(-1) for array in arrays]), device)
     parts = torch.split(packed, [array.size for array in arrays])
     return DeviceStep(*(part.view(array.shape) for part, array in zip(parts, arrays, strict=True)))
+
+
+def send(array: npt.NDArray[np.generic], device: str | torch.device) -> torch.Tensor:
+    """Copy an array to the device without waiting for it: by way of pinned memory, which torch keeps until it has arrived."""
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def follow(tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,17 +22,21 @@ from sagellm_backend.cuda.plan import follow, plan_step, upload
 from sagellm_backend.cuda.sampling import Drawn, draw, report
 from sagellm_backend.cuda.sampling_plan import plan_sampling
 from sagellm_backend.cuda.settings import CudaSettings
-from sagellm_backend.cuda.weights import DTYPES, WeightSet, load_weights
+from sagellm_backend.cuda.weights import DTYPES, WeightSet
 from sagellm_backend.spec import DecoderSpec
-from sagellm_backend.tensors import Weights
 
 __all__ = ["CudaRunner", "PendingStep"]
 
 
 @dataclass(slots=True)
 class PendingStep:
-    """A step that the device works on."""
+    """A step that the device works on.
 
+    Attributes:
+        tokens: int32 on the device, what its logit rows draw; None if they draw nothing.
+    """
+
+    tokens: torch.Tensor | None
     _drawn: Drawn | None
     _logits: torch.Tensor | None
     _hidden: torch.Tensor | None
@@ -59,23 +64,28 @@ class PendingStep:
 class CudaRunner:
     """A decoder by torch and Triton; see `sagellm_backend.cuda.backend.CudaBackend`.
 
+    Args:
+        spec: the model.
+        weights: its weights, on the device.
+        options: sizes.
+        settings: how to run.
+        kv_dtype: precision of the cache, ``bf16`` or ``f32``.
+
     Attributes:
         graphs: the decode steps that were captured; None where graphs are off.
         peak_step_bytes: what the largest step took beside weights and cache, measured at load; 0 where it was not.
     """
 
     def __init__(
-        self, spec: DecoderSpec, weights: Weights, options: LoadOptions, settings: CudaSettings, kv_dtype: str
+        self, spec: DecoderSpec, weights: WeightSet, options: LoadOptions, settings: CudaSettings, kv_dtype: str
     ) -> None:
         self._spec, self._options, self._settings = spec, options, settings
-        loaded = load_weights(spec, weights, settings, options.quant)
-        self._kv: CudaKV = allocate_kv(spec, options.n_blocks, DTYPES[kv_dtype], settings, loaded.nbytes)
-        self._weight_bytes = loaded.nbytes
-        self._ops = _make_ops(spec, loaded.dtype, settings)
-        self._weights: WeightSet | None = loaded
-        self._forward = Forward(spec, loaded, self._kv, self._ops)
-        self._adapters = AdapterStack(settings.device, loaded.dtype)
-        self._last = torch.zeros(1, dtype=torch.int32, device=settings.device)
+        self._kv: CudaKV = allocate_kv(spec, options.n_blocks, DTYPES[kv_dtype], settings, weights.nbytes)
+        self._weight_bytes = weights.nbytes
+        self._ops = _make_ops(spec, weights.dtype, settings)
+        self._weights: WeightSet | None = weights
+        self._forward = Forward(spec, weights, self._kv, self._ops)
+        self._adapters = AdapterStack(settings.device, weights.dtype)
         self.peak_step_bytes = 0
         self.graphs: DecodeGraphs | None = None
         if settings.graphs and settings.on_gpu:
@@ -111,17 +121,18 @@ class CudaRunner:
             RuntimeError: the runner is closed.
         """
         check_batch(batch, self._spec, self._options)
-        return self._start(batch).result()
+        return self._start(batch, None).result()
 
-    def launch(self, batch: StepBatch) -> PendingStep:
-        """Start a step and return at once (`LaunchRunner`); token id -1 - j is what logit row j of the launch before drew.
+    def launch(self, batch: StepBatch, after: PendingStep | None = None) -> PendingStep:
+        """Start a step and return at once (`LaunchRunner`); token id -1 - j is what logit row j of `after` draws.
 
         Raises:
             ValueError: the batch does not add up or names what is not there; nothing was computed then.
             RuntimeError: the runner is closed.
         """
-        check_batch(self._followed(batch), self._spec, self._options)
-        return self._start(batch)
+        drawn = None if after is None else after.tokens
+        check_batch(_resolved(batch, 0 if drawn is None else drawn.numel()), self._spec, self._options)
+        return self._start(batch, drawn)
 
     def load_adapter(self, number: int, adapter: Adapter) -> None:
         """Make `adapter` known as `number` (`AdapterRunner`).
@@ -151,44 +162,45 @@ class CudaRunner:
         if self._settings.on_gpu:
             torch.cuda.empty_cache()
 
-    def _start(self, batch: StepBatch) -> PendingStep:
+    def _start(self, batch: StepBatch, last: torch.Tensor | None) -> PendingStep:
         if self._weights is None:
             raise RuntimeError("the runner is closed")
         sampling = plan_sampling(batch.sampling, self._spec.vocab_size)
-        with torch.inference_mode():
-            hidden = self._hidden(batch)
+        with torch.inference_mode(), self._device():
+            hidden = self._hidden(batch, last)
             kept = hidden.float() if batch.want_hidden else None
             if not batch.sampling and not batch.want_logits:
                 return self._pending(None, None, kept)
             logits = self._forward.logits(hidden)
+            if batch.masks_ready is not None:
+                batch.masks_ready()
             tokens = draw(self._ops, logits, sampling, batch.sampling)
-            self._last = tokens
             drawn = report(logits, tokens, sampling)
             return self._pending(drawn, logits if batch.want_logits else None, kept)
 
-    def _followed(self, batch: StepBatch) -> StepBatch:
-        """The batch with token 0 in place of those that are drawn by the launch before, for checks."""
-        if not batch.token_ids.size or batch.token_ids.min() >= 0:
-            return batch
-        if batch.token_ids.min() < -self._last.numel():
-            raise ValueError("a token id lies outside the vocabulary, or follows a row that was not drawn")
-        return replace(batch, token_ids=np.maximum(batch.token_ids, 0))
+    def _device(self) -> AbstractContextManager[object]:
+        """The GPU is a property of the thread, and the thread that steps need not be the one that loaded."""
+        if not self._settings.on_gpu:
+            return nullcontext()
+        chosen: AbstractContextManager[object] = torch.cuda.device(self._settings.device)
+        return chosen
 
-    def _hidden(self, batch: StepBatch) -> torch.Tensor:
+    def _hidden(self, batch: StepBatch, last: torch.Tensor | None) -> torch.Tensor:
         """Final-norm states of the logit rows, by a CUDA graph where one fits."""
         adapters = self._adapters.rows(batch, self._ops)
         plan = plan_step(batch, self._ops.short_rows, self._ops.long_rows)
         if self.graphs is not None and adapters is None:
-            replayed = self.graphs.run(plan, self._last)
+            replayed = self.graphs.run(plan, last)
             if replayed is not None:
                 return replayed
         step = upload(plan, self._settings.device)
-        if (batch.token_ids < 0).any():
-            step = replace(step, tokens=follow(step.tokens, self._last))
+        if last is not None:
+            step = replace(step, tokens=follow(step.tokens, last))
         return self._forward.hidden(step, adapters)
 
     def _pending(self, drawn: Drawn | None, logits: torch.Tensor | None, hidden: torch.Tensor | None) -> PendingStep:
         """Send the results to the host without waiting for them."""
+        tokens = None if drawn is None else drawn.tokens
         if drawn is not None:
             drawn = Drawn(*(self._fetch(t) for t in (drawn.tokens, drawn.logprobs, drawn.top_ids, drawn.top_logprobs)))
         logits = None if logits is None else self._fetch(logits)
@@ -197,13 +209,21 @@ class CudaRunner:
         if self._settings.on_gpu:
             done = torch.cuda.Event()
             done.record()
-        return PendingStep(drawn, logits, hidden, done)
+        return PendingStep(tokens, drawn, logits, hidden, done)
 
     def _fetch(self, tensor: torch.Tensor) -> torch.Tensor:
         if not self._settings.on_gpu:
             return tensor.clone()
         out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return out.copy_(tensor, non_blocking=True)
+
+
+def _resolved(batch: StepBatch, n_drawn: int) -> StepBatch:
+    """The batch with token 0 in place of those that are still to be drawn, for checks."""
+    low = int(batch.token_ids.min(initial=0))
+    if low < -n_drawn:
+        raise ValueError(f"token id {low} follows logit row {-1 - low} of a step that draws {n_drawn}")
+    return batch if low == 0 else replace(batch, token_ids=np.maximum(batch.token_ids, 0))
 
 
 def _make_ops(spec: DecoderSpec, dtype: torch.dtype, settings: CudaSettings) -> TorchOps:

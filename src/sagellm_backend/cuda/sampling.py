@@ -9,7 +9,8 @@ import torch
 
 from sagellm_backend.base import RowSampling
 from sagellm_backend.cuda.ops import TorchOps
-from sagellm_backend.cuda.sampling_plan import Edits, SamplingPlan
+from sagellm_backend.cuda.plan import send
+from sagellm_backend.cuda.sampling_plan import Edits, SamplingPlan, gather_masks
 from sagellm_backend.cuda.weighted import draw_weighted, integer_weights
 from sagellm_backend.sampling import sample
 
@@ -28,33 +29,33 @@ class Drawn:
 
 def draw(ops: TorchOps, logits: torch.Tensor, plan: SamplingPlan, rows: Sequence[RowSampling]) -> torch.Tensor:
     """Draw from f32 (n, vocab); int32 (n,), -1 where nothing can be drawn, the target where there is one."""
-    z = process(ops, logits, plan)
+    z = process(ops, logits, plan, rows)
     device = z.device
     best, greedy = z.max(dim=1)
-    scale = torch.from_numpy(plan.scale).to(device)
+    scale = send(plan.scale, device)
     tokens = torch.where(best > float("-inf"), greedy, -1)
     if plan.scale.any():
-        words = torch.from_numpy(plan.words).to(device)
+        words = send(plan.words, device)
         drawn = ops.draw_plain(z, best, scale, words)
         if plan.filtered.size:
-            chosen = torch.from_numpy(plan.filtered).to(device)
+            chosen = send(plan.filtered, device)
             drawn[chosen] = draw_weighted(_filtered(z[chosen], best[chosen], scale[chosen], plan), words[chosen])
         tokens = torch.where(scale > 0, drawn, tokens)
-    targets = torch.from_numpy(plan.targets).to(device)
+    targets = send(plan.targets, device)
     tokens = torch.where(targets >= 0, targets, tokens).to(torch.int32)
     for i in plan.hosted:
         tokens[i] = sample(logits[i].cpu().numpy(), rows[i])
     return tokens
 
 
-def process(ops: TorchOps, logits: torch.Tensor, plan: SamplingPlan) -> torch.Tensor:
+def process(ops: TorchOps, logits: torch.Tensor, plan: SamplingPlan, rows: Sequence[RowSampling]) -> torch.Tensor:
     """Bias, masks and penalties on a copy; what is not finite or excluded is -inf."""
     z = logits.clone() if plan.edited else logits
     device, minus_inf = z.device, float("-inf")
     _apply(z, plan.bias, lambda old, value: old + value)
-    if plan.mask_rows.size:
-        masks = torch.from_numpy(plan.masks.view("<i4")).to(device)
-        ops.apply_masks(z, torch.from_numpy(plan.mask_rows).to(device), masks)
+    if plan.masked.size:
+        masks = send(gather_masks(plan, rows, z.shape[1]).view("<i4"), device)
+        ops.apply_masks(z, send(plan.masked, device), masks)
     _apply(z, plan.banned, lambda old, _: torch.full_like(old, minus_inf))
     _apply(z, plan.repetition, lambda old, value: torch.where(old > 0, old / value, old * value))
     _apply(z, plan.frequency, lambda old, value: old - value)
@@ -65,14 +66,14 @@ def process(ops: TorchOps, logits: torch.Tensor, plan: SamplingPlan) -> torch.Te
 def _apply(z: torch.Tensor, edits: Edits, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
     if not edits.size:
         return
-    rows, tokens, values = (torch.from_numpy(a).to(z.device) for a in (edits.rows, edits.tokens, edits.values))
+    rows, tokens, values = (send(a, z.device) for a in (edits.rows, edits.tokens, edits.values))
     z[rows, tokens] = change(z[rows, tokens], values)
 
 
 def _filtered(z: torch.Tensor, best: torch.Tensor, scale: torch.Tensor, plan: SamplingPlan) -> torch.Tensor:
     """Weights of the filtered rows, 0 for what top_k, top_p and min_p leave out; int64 (rows, vocab)."""
     device = z.device
-    top_k, top_p, min_p = (torch.from_numpy(a).to(device)[:, None] for a in (plan.top_k, plan.top_p, plan.min_p))
+    top_k, top_p, min_p = (send(a, device)[:, None] for a in (plan.top_k, plan.top_p, plan.min_p))
     order = torch.sort(z, dim=1, descending=True, stable=True).indices
     w = torch.gather(integer_weights(z, best, scale), 1, order)
     rank = torch.arange(w.shape[1], device=device)
@@ -92,7 +93,7 @@ def report(logits: torch.Tensor, tokens: torch.Tensor, plan: SamplingPlan) -> Dr
     top_ids = torch.full((n, k), -1, dtype=torch.int32, device=device)
     top_logprobs = torch.full((n, k), float("nan"), device=device)
     if plan.reported.size:
-        rows = torch.from_numpy(plan.reported).to(device)
+        rows = send(plan.reported, device)
         raw = logits[rows]
         raw = torch.where(torch.isfinite(raw), raw, float("-inf"))
         base = torch.logsumexp(raw.double(), dim=1, keepdim=True)
@@ -102,7 +103,7 @@ def report(logits: torch.Tensor, tokens: torch.Tensor, plan: SamplingPlan) -> Dr
         if k:
             ids = likeliest(raw, k)
             values = (torch.gather(raw.double(), 1, ids) - base).float()
-            wanted = torch.arange(k, device=device) < torch.from_numpy(plan.n_top).to(device)[:, None]
+            wanted = torch.arange(k, device=device) < send(plan.n_top, device)[:, None]
             top_ids[rows] = torch.where(wanted, ids, -1).to(torch.int32)
             top_logprobs[rows] = torch.where(wanted, values, float("nan"))
     return Drawn(tokens, logprobs, top_ids, top_logprobs)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from sagellm_backend.base import RowSampling
 from sagellm_backend.sampling import COLDEST
 
-__all__ = ["Edits", "SamplingPlan", "plan_sampling", "stream_words"]
+__all__ = ["Edits", "SamplingPlan", "gather_masks", "plan_sampling", "stream_words"]
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -47,7 +47,7 @@ class SamplingPlan:
     Attributes:
         bias, banned, repetition, frequency, presence: in the order in which they apply; a banned token becomes -inf, a repeated
             one is divided or multiplied, the others are added or subtracted.
-        mask_rows, masks: (m,) and uint32 (m, words): rows with a bit mask.
+        masked: rows with a bit mask, which `gather_masks` reads when it is written.
         scale: f64 (n,), log2 e over the temperature; 0 where the row is greedy.
         words: int64 (n, 2), low and high half of the random number of the row.
         targets: int64 (n,), id to report instead of drawing, or -1.
@@ -62,8 +62,7 @@ class SamplingPlan:
     repetition: Edits
     frequency: Edits
     presence: Edits
-    mask_rows: Int64
-    masks: UInt32
+    masked: Int64
     scale: Float64
     words: Int64
     targets: Int64
@@ -79,7 +78,7 @@ class SamplingPlan:
     def edited(self) -> bool:
         """Whether any logit is changed before the draw."""
         edits = (self.bias, self.banned, self.repetition, self.frequency, self.presence)
-        return bool(self.mask_rows.size) or any(e.size for e in edits)
+        return bool(self.masked.size) or any(e.size for e in edits)
 
 
 def plan_sampling(rows: Sequence[RowSampling], vocab: int) -> SamplingPlan:
@@ -89,7 +88,8 @@ def plan_sampling(rows: Sequence[RowSampling], vocab: int) -> SamplingPlan:
         ValueError: an id in a row's parameters is not below the vocabulary, or a mask is too short.
     """
     drawing = [(i, row) for i, row in enumerate(rows) if row.target < 0]
-    masks = [(i, _mask(row, vocab)) for i, row in drawing if row.mask is not None or _allowed(row) is not None]
+    for _, row in drawing:
+        _check_mask(row, vocab)
     penalties = _penalties(drawing, vocab)
     filtered = [(i, row.params) for i, row in drawing if _is_filtered(row)]
     reported = [(i, max(row.logprobs, 0)) for i, row in enumerate(rows) if row.logprobs >= 0 or row.target >= 0]
@@ -104,8 +104,7 @@ def plan_sampling(rows: Sequence[RowSampling], vocab: int) -> SamplingPlan:
         repetition=penalties[0],
         frequency=penalties[1],
         presence=penalties[2],
-        mask_rows=np.array([i for i, _ in masks], np.int64),
-        masks=np.stack([mask for _, mask in masks]) if masks else np.empty((0, 0), np.uint32),
+        masked=np.array([i for i, row in drawing if row.mask is not None or _allowed(row) is not None], np.int64),
         scale=np.array([0.0 if row.params.temperature < COLDEST else _LOG2_E / row.params.temperature for row in rows]),
         words=stream_words([row.seed for row in rows], [row.position for row in rows]),
         targets=targets,
@@ -117,6 +116,12 @@ def plan_sampling(rows: Sequence[RowSampling], vocab: int) -> SamplingPlan:
         reported=np.array([i for i, _ in reported], np.int64),
         n_top=np.array([min(n, vocab) for _, n in reported], np.int64),
     )
+
+
+def gather_masks(plan: SamplingPlan, rows: Sequence[RowSampling], vocab: int) -> UInt32:
+    """Return the bit masks of `plan.masked`, uint32 (m, words). To be called when `StepBatch.masks_ready` has returned."""
+    masks = [_mask(rows[i], vocab) for i in plan.masked.tolist()]
+    return np.stack(masks) if masks else np.empty((0, 0), np.uint32)
 
 
 def stream_words(seeds: Sequence[int], positions: Sequence[int]) -> Int64:
@@ -151,18 +156,23 @@ def _allowed(row: RowSampling) -> tuple[int, ...] | None:
     return row.params.allowed_token_ids
 
 
+def _check_mask(row: RowSampling, vocab: int) -> None:
+    words = -(-vocab // 32)
+    if row.mask is not None and row.mask.size < words:
+        raise ValueError(f"the mask has {row.mask.size} words, a vocabulary of {vocab} needs {words}")
+    _checked(np.asarray(_allowed(row) or (), np.int64), vocab, "allowed_token_ids")
+
+
 def _mask(row: RowSampling, vocab: int) -> UInt32:
     """The row's mask and its list of allowed tokens as one bit mask."""
     words = -(-vocab // 32)
     mask = np.full(words, 0xFFFFFFFF, np.uint32)
     if row.mask is not None:
-        if row.mask.size < words:
-            raise ValueError(f"the mask has {row.mask.size} words, a vocabulary of {vocab} needs {words}")
         mask &= row.mask[:words]
     allowed = _allowed(row)
     if allowed is not None:
         bits = np.zeros(words * 32, np.uint8)
-        bits[_checked(np.asarray(allowed, np.int64), vocab, "allowed_token_ids")] = 1
+        bits[np.asarray(allowed, np.int64)] = 1
         mask &= np.packbits(bits, bitorder="little").view("<u4")
     return mask
 

@@ -148,10 +148,15 @@ class _Loader:
             return self._to_fp8 if self._fp8 and is_plain and slot not in ("embed", "head") else None
         if self._quant == "q4":  # the vocabulary's matrix decides quality: 8 bits, as on the CPU
             return self._to_q8 if slot in ("embed", "head") else self._to_q4
-        return self._to_q8 if self._quant == "q8" else self._dense
+        if self._quant == "q8":
+            return self._to_q8
+        return self._to_bf16 if self._quant == "bf16" else self._dense
 
     def _dense(self, slot: str, numbers: torch.Tensor) -> Matrix:  # noqa: ARG002  one signature for all targets
         return Matrix("dense", numbers.to(self.dtype))
+
+    def _to_bf16(self, slot: str, numbers: torch.Tensor) -> Matrix:
+        return self._dense(slot, numbers.bfloat16())  # rounded also where activations are forced to 32 bits
 
     def _to_fp8(self, slot: str, numbers: torch.Tensor) -> Matrix:  # noqa: ARG002
         return to_fp8(numbers)

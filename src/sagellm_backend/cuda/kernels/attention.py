@@ -46,6 +46,7 @@ def _attend(
     scale, cap, window, table_width, block_stride, value_stride, splits, span,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SPAN: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = tl.load(tiles + 2 * tile).to(tl.int64)
@@ -63,9 +64,9 @@ def _attend(
 
     end = start + tl.minimum(row0 + ROWS, n_rows)
     low = 0
-    if window > 0:
+    if HAS_WINDOW:
         low = tl.maximum(start + row0 - window + 1, 0) // KEYS * KEYS
-    if span > 0:
+    if HAS_SPAN:
         from_key = tl.maximum(split * span, low)
         to_key = tl.minimum(split * span + span, end)
     else:
@@ -87,7 +88,7 @@ def _attend(
         if HAS_CAP:
             scores = cap * tanh(scores / cap)
         seen = (key[None, :] <= position[:, None]) & key_live[None, :]
-        if window > 0:
+        if HAS_WINDOW:
             seen = seen & (key[None, :] > position[:, None] - window)
         scores = tl.where(seen, scores * 1.4426950408889634, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
@@ -187,7 +188,8 @@ def attend(
     _attend[(n_tiles, kv_heads, tile.splits)](
         q, cache, tables, tiles, starts, firsts, lengths, out, peaks, sums, parts,
         scale, cap, window, tables.shape[1], cache.stride(0), cache.stride(1), tile.splits, tile.span,
-        PAGE=BLOCK_SIZE, KEYS=tile.keys, SPLIT=split, HAS_CAP=cap > 0, **shape, num_warps=tile.warps, num_stages=2,
+        PAGE=BLOCK_SIZE, KEYS=tile.keys, SPLIT=split, HAS_CAP=cap > 0,
+        HAS_WINDOW=window > 0, HAS_SPAN=tile.span > 0, **shape, num_warps=tile.warps, num_stages=2,
     )  # fmt: skip
     if split:
         _join[(n_tiles, kv_heads, heads // kv_heads)](

@@ -27,7 +27,7 @@ def _embed(
         packed = tl.load(table + token * (n_cols // 2) + (cols // GROUP) * (GROUP // 2) + cols % (GROUP // 2), live, 0)
         value = tl.where(cols % GROUP < GROUP // 2, packed & 15, packed >> 4).to(tl.float32)
     else:
-        value = tl.load(table + token * n_cols + cols, live, 0).to(tl.float32)
+        value = tl.load(table + token * n_cols + cols, live, 0.0).to(tl.float32)
     if KIND == 1 or KIND == 2:
         group = token * (n_cols // GROUP) + cols // GROUP
         value = value * tl.load(scales + group, live, 0.0).to(tl.float32)

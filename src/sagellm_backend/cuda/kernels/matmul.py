@@ -41,7 +41,7 @@ def _matmul(
         row_live = product < n_products
         rows = tl.load(source + product, row_live, 0).to(tl.int64)
     else:
-        matrix = tl.zeros((), tl.int64)
+        matrix = 0
         product = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         row_live = product < n_products
         rows = product.to(tl.int64)
@@ -68,7 +68,7 @@ def _matmul(
             inputs = start + tl.arange(0, BLOCK_K)
             in_live = inputs < n_inputs
             live = col_live[:, None] & in_live[None, :]
-            tile_w = tl.load(w + output[:, None] * n_inputs + inputs[None, :], live, 0)
+            tile_w = tl.load(w + output[:, None] * n_inputs + inputs[None, :], live, 0.0)
             if KIND == 1:
                 group = output[:, None] * (n_inputs // GROUP) + (inputs // GROUP)[None, :]
                 tile_w = _scaled(tile_w, scales, minima, group, live, HAS_MIN)

@@ -12,6 +12,11 @@ __all__ = ["rotate_and_store"]
 
 
 @triton.jit
+def _one_of(first, second, at, live, is_first):
+    return tl.load(first + at, live & is_first, 0.0) + tl.load(second + at, live & (is_first == 0), 0.0)
+
+
+@triton.jit
 def _rotate_and_store(
     qkv, slots, cos, sin, q_norm, k_norm, q_out, cache, eps, block_stride, value_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
@@ -35,9 +40,9 @@ def _rotate_and_store(
         other = tl.load(source + partner, turned, 0.0).to(tl.float32)
         if HAS_NORM:
             inverse = 1.0 / tl.sqrt(tl.sum(value * value, 0) / HEAD_DIM + eps)
-            weight = q_norm if head < HEADS else k_norm
-            value = value * inverse * tl.load(weight + dims, live, 0.0)
-            other = other * inverse * tl.load(weight + partner, turned, 0.0)
+            is_q = head < HEADS
+            value = value * inverse * _one_of(q_norm, k_norm, dims, live, is_q)
+            other = other * inverse * _one_of(q_norm, k_norm, partner, turned, is_q)
         c = tl.load(cos + row * HALF + pair, turned, 1.0)
         s = tl.load(sin + row * HALF + pair, turned, 0.0)
         value = value * c + tl.where(is_first, -other, other) * s
