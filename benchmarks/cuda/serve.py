@@ -25,7 +25,7 @@ from sagellm_core.testing import collect
 from sagellm_protocol.engine import EngineRequest
 from sagellm_protocol.sampling import SamplingParams
 engine = build_engine(EngineConfig(model=sys.argv[1], backend="cuda", limits=Limits(n_ctx=2048, parallel=16)))
-request = EngineRequest(request_id="a", prompt_token_ids=tuple(range(64)), sampling=SamplingParams(temperature=0.0, max_tokens=1))
+request = EngineRequest(request_id="a", prompt_token_ids=tuple(range(64)), sampling=SamplingParams(temperature=0.0, seed=0, max_tokens=1))
 print(collect(engine, [request])["a"].token_ids, flush=True)
 """
 

@@ -258,7 +258,7 @@ def overlap_rows(settings: CudaSettings) -> list[Row]:
     for overlap in (False, True):
         engine = make_engine(QWEN3_06B, settings, 64, 512, overlap=overlap)
         for i in range(64):
-            sampling = SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True)
+            sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=300, ignore_eos=True)
             engine.add(EngineRequest(request_id=str(i), prompt_token_ids=tuple(range(64)), sampling=sampling))
         for _ in range(40):
             engine.step()

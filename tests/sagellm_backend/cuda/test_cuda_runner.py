@@ -26,6 +26,7 @@ from sagellm_backend.reference import ReferenceBackend
 from sagellm_backend.sampling import log_softmax
 from sagellm_backend.tensors import Format
 from sagellm_core.engine import Engine, EngineSettings
+from sagellm_core.loader import open_model
 from sagellm_core.overlap import OverlapEngine
 from sagellm_core.testing import collect
 from sagellm_protocol.engine import EngineRequest
@@ -289,3 +290,30 @@ def test_blocks_of_one_precision_travel_to_another_runner() -> None:
     moved = SequenceRun(target, [1, 0])
     moved.length = 29
     np.testing.assert_array_equal(moved.feed(ids[29:]), run.feed(ids[29:]))
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("model", ["default_model_path", "gemma_model_path"])
+def test_real_models_give_the_references_log_probabilities(model: str, request: pytest.FixtureRequest) -> None:
+    """Packed weights of GGUF files, Q4_1 and the K formats, give the reference's likeliest tokens and nearly its numbers."""
+    ids = [1, 504, 3575, 282, 4649, 314, 7042, 30, 657, 339, 1194, 253]
+    with open_model(request.getfixturevalue(model)) as files:
+        logits = []
+        for backend in (CudaBackend(EXACT), ReferenceBackend()):
+            runner = backend.load(files.spec, files.weights, LoadOptions(n_blocks=2, max_rows=16, max_logit_rows=16))
+            batch = StepBatch(
+                token_ids=np.array(ids, np.int32),
+                starts=np.zeros(1, np.int32),
+                lengths=np.array([len(ids)], np.int32),
+                block_tables=np.array([[1]], np.int32),
+                logit_rows=np.arange(len(ids), dtype=np.int32),
+                sampling=[GREEDY] * len(ids),
+                want_logits=True,
+            )
+            result = runner.step(batch).logits
+            assert result is not None
+            logits.append([log_softmax(row).astype(np.float64) for row in result])
+            runner.close()
+    kl = [float((np.exp(want) * (want - got)).sum()) for got, want in zip(*logits, strict=True)]
+    assert [row.argmax() for row in logits[0]] == [row.argmax() for row in logits[1]]
+    assert max(kl) < 1e-3

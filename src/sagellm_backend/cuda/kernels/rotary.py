@@ -12,8 +12,9 @@ __all__ = ["rotate_and_store"]
 
 
 @triton.jit
-def _one_of(first, second, at, live, is_first):
-    return tl.load(first + at, live & is_first, 0.0) + tl.load(second + at, live & (is_first == 0), 0.0)
+def _one_of(first, second, at, live, which):
+    """What `first` holds where `which` is 0, what `second` holds elsewhere."""
+    return tl.load(first + at, live & (which == 0), 0.0) + tl.load(second + at, live & (which != 0), 0.0)
 
 
 @triton.jit
@@ -40,9 +41,9 @@ def _rotate_and_store(
         other = tl.load(source + partner, turned, 0.0).to(tl.float32)
         if HAS_NORM:
             inverse = 1.0 / tl.sqrt(tl.sum(value * value, 0) / HEAD_DIM + eps)
-            is_q = head < HEADS
-            value = value * inverse * _one_of(q_norm, k_norm, dims, live, is_q)
-            other = other * inverse * _one_of(q_norm, k_norm, partner, turned, is_q)
+            is_k = dims * 0 + head // HEADS
+            value = value * inverse * _one_of(q_norm, k_norm, dims, live, is_k)
+            other = other * inverse * _one_of(q_norm, k_norm, partner, turned, is_k)
         c = tl.load(cos + row * HALF + pair, turned, 1.0)
         s = tl.load(sin + row * HALF + pair, turned, 0.0)
         value = value * c + tl.where(is_first, -other, other) * s
