@@ -70,6 +70,9 @@ class DecodeGraphs:
         self._width = max(1, min(kv.n_blocks, -(-context_length // BLOCK_SIZE), _MAX_WIDTH))
         self._sizes = ladder(min(max_rows, 512))
         self._capture = capture or _Capturer().capture
+        # One for all sizes: it is filled before each run.
+        shape = (self._sizes[-1], self._width)
+        self._tables = torch.full(shape, kv.spare, dtype=torch.int32, device=kv.data.device)
         self._graphs: dict[int, _Graph] = {}
         self._seen: set[int] = set()
         self.replays = 0
@@ -117,7 +120,7 @@ class DecodeGraphs:
             starts=starts,
             firsts=numbers,
             lengths=torch.ones_like(numbers),
-            tables=torch.full((size, self._width), self._kv.spare, dtype=torch.int32, device=device),
+            tables=self._tables[:size],
             short=torch.stack([numbers, torch.zeros_like(numbers)], dim=1),
             long=torch.empty((0, 2), dtype=torch.int32, device=device),
             logit_rows=numbers,

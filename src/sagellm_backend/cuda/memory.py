@@ -28,6 +28,8 @@ def allocate_kv(
     Raises:
         ResourceExhaustedError: the device has no room for it; the message has the numbers.
     """
+    if settings.on_gpu:
+        torch.cuda.empty_cache()  # what the packing of weights left behind
     try:
         return CudaKV(spec, n_blocks, dtype, settings.device)
     except torch.OutOfMemoryError as error:

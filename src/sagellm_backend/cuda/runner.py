@@ -88,7 +88,8 @@ class CudaRunner:
         self._adapters = AdapterStack(settings.device, weights.dtype)
         self.peak_step_bytes = 0
         self.graphs: DecodeGraphs | None = None
-        if settings.graphs and settings.on_gpu:
+        # Fixed spans need room for the longest sequence in every row of a graph: that mode does without.
+        if settings.graphs and settings.on_gpu and not settings.invariant:
             self.graphs = DecodeGraphs(self._forward, self._kv, spec.context_length, options.max_rows)
         if settings.on_gpu:
             check_step_fits(self, options)
