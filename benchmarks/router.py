@@ -4,7 +4,7 @@
     python benchmarks/router.py [--peers DIR] [--only NAME,...] [--json FILE]
 
 Measured on loopback, direct and through each router: time to the first token at fixed rates, streamed and whole answers a second
-over 32 connections, CPU time of a streamed request, and streams that end without ``[DONE]`` while one engine cuts its streams and another
+over 32 connections, CPU time of a streamed request, and streams that lack tokens or their ``[DONE]`` while one engine cuts its streams and another
 is killed. Routers run with their own default policy, ours with everything on: journal, recovery, admission, metrics. For the count of lost
 streams the others go round robin: a policy that follows prefixes sends all of these requests to one engine, and which one is luck.
 """
@@ -68,7 +68,9 @@ class Connection:
             if not first and b'"tok ' in data:
                 first = time.perf_counter() - began
             if _is_whole(data):
-                return first, time.perf_counter() - began, (b"[DONE]" in data) if stream else (b'"usage"' in data)
+                # A router may end a stream that broke with an error and a proper end: all tokens must be there.
+                whole = data.count(b"tok ") >= tokens and (b"[DONE]" if stream else b'"usage"') in data
+                return first, time.perf_counter() - began, whole
 
     def close(self) -> None:
         if self.reader is not None:
@@ -215,7 +217,7 @@ _COMMON = "--host 127.0.0.1 --port {port} --prometheus-port {metrics} --worker-u
 PEERS = {
     "sglang-router": ("sglang-router==0.3.2", f"sglang-router launch {_COMMON} --log-level error"),
     "vllm-router": ("vllm-router==0.1.17", f"vllm-router {_COMMON} --log-level error"),
-    "smg": ("smg==1.13.0", f"smg launch {_COMMON} --backend openai --log-level error"),
+    "smg": ("smg==1.13.0", f"smg launch {_COMMON} --log-level error"),
 }
 RATES = (200, 1000)
 
