@@ -90,7 +90,7 @@ class Engine(asyncio.Protocol):
             self.transport.write(MODELS if path.endswith(b"/models") else INFO)
             return
         asked = json.loads(body)
-        tokens = asked.get("max_tokens", 16)
+        tokens = asked.get("max_tokens") or asked.get("max_completion_tokens") or 16
         if not asked.get("stream"):
             self.transport.write(whole(tokens))
         elif self.token_s or self.abort_after is not None:
