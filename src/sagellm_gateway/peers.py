@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sagellm_protocol.errors import InvalidArgumentError
+
 if TYPE_CHECKING:
     from sagellm_gateway.context import Gateway
 
@@ -35,10 +37,8 @@ def duty(gateway: Gateway, what: str, body: Any) -> Any:
     """
     manager = gateway.manager
     match what:
-        case "scheduling_policy":
-            manager.update_policy(body)
-        case "routing_strategy":
-            manager.update_routing(body)
+        case "policy":
+            _set_policy(manager, *body)
         case "drain":
             manager.start_engine_drain(body)
         case "spent":
@@ -53,3 +53,14 @@ def duty(gateway: Gateway, what: str, body: Any) -> Any:
         case _:
             raise ValueError(f"{what!r} is not a duty")
     return None
+
+
+def _set_policy(manager: Any, scheduling: str, routing: str) -> None:
+    """Set both, or neither."""
+    before = manager.get_status()["routing_strategy"]
+    manager.update_routing(routing)
+    try:
+        manager.update_policy(scheduling)
+    except InvalidArgumentError:
+        manager.update_routing(before)
+        raise

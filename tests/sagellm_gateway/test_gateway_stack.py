@@ -104,6 +104,12 @@ def test_management_shows_and_changes(stack_http: httpx2.Client) -> None:
         == "fifo"
     )
     assert stack_http.put("/v1/management/policy", json={"scheduling_policy": "bogus"}).status_code == 400
+    for half in ({"scheduling_policy": "bogus", "routing_strategy": "random"}, {"routing_strategy": "bogus"}):
+        assert (
+            stack_http.put("/v1/management/policy", json={"scheduling_policy": "priority", **half}).status_code == 400
+        )
+        kept = {"scheduling_policy": "fifo", "routing_strategy": policy["routing_strategy"]}
+        assert stack_http.get("/v1/management/policy").json() == kept
     assert stack_http.put("/v1/management/policy", json=policy).json() == policy
     assert stack_http.post("/v1/management/engines/prune").json()["count"] == 0
     assert stack_http.get("/api/v1/management/engines").status_code == 200

@@ -188,10 +188,9 @@ async def set_policy(call: Call) -> None:
     scheduling = body.scheduling_policy or body.policy
     if scheduling is None and body.routing_strategy is None:
         raise InvalidArgumentError("name scheduling_policy or routing_strategy", param="scheduling_policy")
-    if scheduling is not None:
-        await call.gateway.everywhere("scheduling_policy", scheduling, lasting="scheduling_policy")
-    if body.routing_strategy is not None:
-        await call.gateway.everywhere("routing_strategy", body.routing_strategy, lasting="routing_strategy")
+    now = call.gateway.manager.get_status()
+    wanted = [scheduling or now["scheduling_policy"], body.routing_strategy or now["routing_strategy"]]
+    await call.gateway.everywhere("policy", wanted, lasting="policy")
     await get_policy(call)
 
 
