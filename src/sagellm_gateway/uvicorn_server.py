@@ -18,7 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from sagellm_gateway.config import GatewayConfig
 from sagellm_gateway.context import Gateway
 
-__all__ = ["GatewayServer", "bind", "refuse_open_door", "run", "server_of"]
+__all__ = ["GatewayServer", "bind", "calm_collector", "refuse_open_door", "run", "server_of"]
 
 
 _LINGER_S = 2.0
@@ -286,8 +286,15 @@ def run(app: Starlette, config: GatewayConfig) -> None:
     refuse_open_door(app.state.gateway, config)
     sock = bind(config.host, config.port)
     server = server_of(app, config)
-    # What start-up made lives as long as the process: collections that walk it would show up in the tail of every latency.
+    calm_collector()
+    server.run(sockets=[sock])
+
+
+def calm_collector() -> None:
+    """Spare the garbage collector what is there now, and let it look at the rest more seldom. For a whole process, once it serves.
+
+    What start-up made lives as long as the process: collections that walk it would show up in the tail of every latency.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 50, 100)
-    server.run(sockets=[sock])

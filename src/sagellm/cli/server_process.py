@@ -174,6 +174,8 @@ class _Start:
                 await task
 
     async def _bring_up(self) -> None:
+        from sagellm_gateway.uvicorn_server import calm_collector
+
         self.house.set_ready(False)
         try:
             for config in self.configs:
@@ -184,6 +186,7 @@ class _Start:
             if self.server is not None:
                 self.server.should_exit = True
             return
+        calm_collector()
         self.house.set_ready(True)
         announce(self.url, self.began, self.house.key_state(), self.configs)
 

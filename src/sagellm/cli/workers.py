@@ -228,7 +228,7 @@ class _Order(msgspec.Struct):
 def main(control_fd: int, listen_fd: int) -> None:
     """Run one worker until it is told to end."""
     from sagellm_gateway.config import GatewayConfig
-    from sagellm_gateway.uvicorn_server import server_of
+    from sagellm_gateway.uvicorn_server import calm_collector, server_of
 
     control = socket.socket(fileno=control_fd)
     with control.makefile("rb", buffering=0) as file:
@@ -246,6 +246,7 @@ def main(control_fd: int, listen_fd: int) -> None:
             for k in range(options.engines):
                 await house.start_engine(config.served_id, engine_name(config.served_id, k, options.engines))
         house.share(driver)
+        calm_collector()
         house.set_ready(True)
         driver.serving(os.getpid())
 
