@@ -17,8 +17,8 @@ HERE = Path(__file__).parent
 
 # Name -> (script, packages, least number of checks).
 PYTHON = {
-    "openai-2": ("openai_python.py", ["openai>=2,<3"], 44),
-    "openai-3": ("openai_python.py", ["openai>=3,<4"], 44),
+    "openai-2": ("openai_python.py", ["openai>=2,<3"], 46),
+    "openai-3": ("openai_python.py", ["openai>=3,<4"], 46),
     "anthropic": ("anthropic_python.py", ["anthropic"], 17),
     "ollama": ("ollama_python.py", ["ollama"], 17),
     "llm": ("llm_python.py", ["llm"], 4),

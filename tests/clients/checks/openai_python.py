@@ -271,6 +271,21 @@ def completion_prompts() -> None:
 
 
 @check
+def completion_suffix() -> None:
+    answer = client.completions.create(model=MODEL, prompt="def hello", suffix="friend", max_tokens=50)
+    assert answer.choices[0].text == "Hello there, friend."
+    assert answer.usage.prompt_tokens == 4 + len("def hellofriend")
+
+
+@check
+def responses_item_reference() -> None:
+    one = client.responses.create(model=MODEL, input="hello")
+    reference = {"type": "item_reference", "id": one.output[0].id}
+    asked = [{"role": "user", "content": "hello"}, reference, {"role": "user", "content": "hello again"}]
+    assert client.responses.create(model=MODEL, input=asked).output_text == "Hello there, friend."
+
+
+@check
 def completion_echo_scores() -> None:
     answer = client.completions.create(model=MODEL, prompt="hello", echo=True, max_tokens=0, logprobs=1)
     logprobs = answer.choices[0].logprobs
