@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagellm_backend.base import RowSampling
-from sagellm_backend.quant import quantize
+from sagellm_backend.quant import dequantize, quantize
 from sagellm_backend.sampling import report, sample, stream_word
 from sagellm_backend.tensors import Format, Tensor
 from sagellm_protocol.sampling import SamplingParams
@@ -75,6 +75,18 @@ def test_a_row_does_not_depend_on_the_others(isa: str, packed: str, seed: int, r
 
 
 @QUICK
+@given(ISAS, st.sampled_from(["Q4", "Q4M", "Q8", "Q8M"]), SEEDS, st.integers(1, 70), st.integers(1, 6))
+def test_no_row_of_a_panel_is_longer_than_said(isa: str, packed: str, seed: int, outputs: int, groups: int) -> None:
+    """The bound of a panel's norms holds, and is within eight times the greatest."""
+    tensor = matrix(packed, seed, outputs, groups * 32)
+    bounds = _native.Probe(isa).panel_norms(packed, tensor.format.name, tensor.data, outputs, groups * 32)
+    norms = np.linalg.norm(dequantize(tensor), axis=1)
+    for panel, bound in enumerate(bounds):
+        most = norms[panel * 32 : panel * 32 + 32].max()
+        assert most <= bound <= 8 * most
+
+
+@QUICK
 @given(ISAS, SEEDS, st.integers(1, 300))
 def test_row_operations_equal_the_twin(isa: str, seed: int, n: int) -> None:
     """RMSNorm, gate activations and the soft cap are exact to a few units in the last place."""
@@ -103,7 +115,7 @@ def test_rotation_equals_the_twin(isa: str, seed: int, half: int, interleaved: b
     SEEDS,
     st.sampled_from([2, 16, 40, 64, 96, 128, 256]),
     st.integers(1, 700),
-    st.integers(1, 8),
+    st.integers(1, 32),
     st.sampled_from([0, 1, 7, 16, 300]),
     st.sampled_from([0.0, 4.0]),
 )
@@ -117,6 +129,32 @@ def test_attention_equals_the_twin(
     q, k, v = (normal(seed + i, n, dim) for i, n in enumerate((lanes, tokens, tokens)))
     got, want = _native.Probe(isa).attention(kv[0], q, k, v, positions, blocks, dim**-0.5, cap, window)
     np.testing.assert_allclose(got, want, rtol=0, atol=kv[1])
+
+
+@QUICK
+@given(ISAS, st.sampled_from(["f32", "bf16", "int8"]), SEEDS, st.integers(2, 32), st.sampled_from([0, 9, 300]))
+def test_a_query_does_not_depend_on_the_others(isa: str, kv: str, seed: int, lanes: int, window: int) -> None:
+    """Each query vector's attention has the same bits alone and among others of its KV head."""
+    rng = np.random.default_rng(seed)
+    tokens = int(rng.integers(20, 700))
+    positions = np.sort(rng.integers(max(0, tokens - 300), tokens, lanes)).astype(np.int32)
+    blocks = rng.permutation(-(-tokens // 16)).astype(np.int32)
+    q, k, v = (normal(seed + i, n, 48) for i, n in enumerate((lanes, tokens, tokens)))
+    probe = _native.Probe(isa)
+    together, _ = probe.attention(kv, q, k, v, positions, blocks, 0.2, 0.0, window)
+    for lane in range(lanes):
+        one = slice(lane, lane + 1)
+        alone, _ = probe.attention(kv, q[one], k, v, positions[one], blocks, 0.2, 0.0, window)
+        np.testing.assert_array_equal(alone, together.reshape(lanes, 48)[lane])
+
+
+@QUICK
+@given(SEEDS, st.integers(1, 40), st.integers(1, 100), st.integers(1, 70), st.sampled_from([1.0, 0.25]))
+def test_low_rank_updates_are_products(seed: int, rank: int, inputs: int, outputs: int, factor: float) -> None:
+    """An adapter adds factor · B · A · x for any rank and size."""
+    x, a, b = normal(seed, inputs), normal(seed + 1, rank, inputs), normal(seed + 2, outputs, rank)
+    got = _native.Probe("portable").low_rank(x, a, b, factor)
+    np.testing.assert_allclose(got, factor * (b @ (a @ x)), rtol=0, atol=1e-5 * rank * inputs)
 
 
 @settings(max_examples=100, deadline=None)

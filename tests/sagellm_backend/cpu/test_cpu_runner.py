@@ -4,23 +4,41 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sagellm_backend.base import LoadOptions, RowSampling, StepBatch
 from sagellm_backend.conformance import SequenceRun
 from sagellm_backend.conformance_specs import SPECS, random_ids, random_weights
 from sagellm_backend.cpu import CpuBackend
 from sagellm_backend.cpu.backend import ISA_VARIABLE
+from sagellm_backend.quant import dequantize, quantize
 from sagellm_backend.reference import ReferenceBackend
 from sagellm_backend.sampling import log_softmax
+from sagellm_backend.spec import DecoderSpec, ExpertSpec
+from sagellm_backend.tensors import Format
 from sagellm_protocol.errors import UnsupportedError
 from sagellm_protocol.sampling import SamplingParams
 
-pytest.importorskip("sagellm_backend.cpu._native", reason="built without the extension")
+_native = pytest.importorskip("sagellm_backend.cpu._native", reason="built without the extension")
 
 OPTIONS = LoadOptions(n_blocks=32, max_rows=128, max_logit_rows=16)
 SPEC = SPECS["llama"]
+
+
+def greedy_batch(n: int, spec: DecoderSpec, seed: int) -> StepBatch:
+    """First tokens of n sequences."""
+    return StepBatch(
+        token_ids=np.array(random_ids(spec, n, seed=seed), np.int32),
+        starts=np.zeros(n, np.int32),
+        lengths=np.ones(n, np.int32),
+        block_tables=np.arange(n, dtype=np.int32)[:, None],
+        logit_rows=np.arange(n, dtype=np.int32),
+        sampling=[RowSampling(SamplingParams(temperature=0.0))] * n,
+    )
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])
@@ -52,18 +70,60 @@ def test_greedy_without_logits_takes_the_arg_max() -> None:
     """The fast path that keeps no logits draws the token of the path that does."""
     runner = CpuBackend().load(SPEC, random_weights(SPEC), OPTIONS)
     for n in (1, 7, 16):
-        batch = StepBatch(
-            token_ids=np.array(random_ids(SPEC, n, seed=n), np.int32),
-            starts=np.zeros(n, np.int32),
-            lengths=np.ones(n, np.int32),
-            block_tables=np.arange(n, dtype=np.int32)[:, None],
-            logit_rows=np.arange(n, dtype=np.int32),
-            sampling=[RowSampling(SamplingParams(temperature=0.0))] * n,
-        )
+        batch = greedy_batch(n, SPEC, seed=n)
         kept, fast = runner.step(replace(batch, want_logits=True)), runner.step(batch)
         assert kept.logits is not None
         assert fast.logits is None
         np.testing.assert_array_equal(fast.token_ids, kept.logits.argmax(axis=1))
+    runner.close()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(_native.supported_isas()),
+    st.sampled_from([Format.Q4_0, Format.Q4_1, Format.Q8_0]),
+    st.integers(0, 1000),
+    st.integers(1, 16),
+)
+def test_the_most_likely_token_is_exact(isa: str, fmt: Format, seed: int, rows: int) -> None:
+    """What a greedy row leaves out of the vocabulary's product never changes its token."""
+    spec = msgspec.structs.replace(SPEC, n_layers=1, vocab_size=1500)
+    weights = dict(random_weights(spec, seed))
+    weights["head"] = quantize(dequantize(weights["head"]), fmt)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ISA_VARIABLE, isa)
+        runner = CpuBackend().load(spec, weights, replace(OPTIONS, threads=2))
+    batch = greedy_batch(rows, spec, seed)
+    kept, fast = runner.step(replace(batch, want_logits=True)), runner.step(batch)
+    np.testing.assert_array_equal(fast.token_ids, kept.logits.argmax(axis=1))
+    runner.close()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sampled_from(_native.supported_isas()),
+    st.integers(0, 1000),
+    st.integers(1, 12),
+    st.integers(1, 4),
+    st.sampled_from([32, 64, 160]),
+    st.booleans(),
+    st.integers(1, 120),
+)
+def test_experts_of_any_number_and_size(
+    isa: str, seed: int, count: int, top_k: int, width: int, normalize: bool, tokens: int
+) -> None:
+    """Experts are chosen, run and added up as in the reference."""
+    experts = ExpertSpec(n_experts=count, top_k=min(top_k, count), d_ff=width, normalize=normalize)
+    spec = msgspec.structs.replace(SPECS["mixtral"], experts=experts)
+    weights, ids = random_weights(spec, seed), random_ids(spec, tokens, seed)
+    options = replace(OPTIONS, threads=2, kv_dtype="f32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ISA_VARIABLE, isa)
+        runner = CpuBackend().load(spec, weights, options)
+    want = SequenceRun(ReferenceBackend().load(spec, weights, OPTIONS), range(8)).feed(ids)
+    np.testing.assert_allclose(
+        log_softmax(SequenceRun(runner, range(8)).feed(ids)), log_softmax(want), rtol=0, atol=2e-3
+    )
     runner.close()
 
 

@@ -1,6 +1,6 @@
 // The Python module: arrays in, arrays out; the GIL is released wherever something is computed.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+#include "bindings.hpp"
+
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -17,28 +17,11 @@
 #include "isa.hpp"
 #include "model.hpp"
 #include "pack.hpp"
-#include "twin.hpp"
 
-namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace sage {
 namespace {
-
-template <class T>
-using In = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
-template <class T>
-using Inout = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
-using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-template <class T>
-nb::object new_array(std::initializer_list<size_t> shape, T** data) {
-  size_t n = 1;
-  for (size_t s : shape) n *= s;
-  *data = new T[n ? n : 1];
-  nb::capsule owner(*data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-  return nb::cast(nb::ndarray<nb::numpy, T>(*data, shape.size(), shape.begin(), owner));
-}
 
 template <class T>
 T get(const nb::dict& d, const char* key) {
@@ -71,13 +54,6 @@ Config config_from(const nb::dict& d) {
   return c;
 }
 
-KvFormat kv_format_of(const std::string& name) {
-  if (name == "f32") return KvFormat::F32;
-  if (name == "bf16") return KvFormat::BF16;
-  if (name == "int8") return KvFormat::INT8;
-  throw std::invalid_argument("KV precision '" + name + "' is unknown to the cpu backend");
-}
-
 void check_ids(const std::vector<int32_t>& ids, int vocab, const char* what) {
   for (int32_t id : ids)
     if (id < 0 || id >= vocab)
@@ -100,7 +76,15 @@ void read_history(const nb::handle& history, RowParams& p, int vocab) {
       throw std::invalid_argument("history holds an id outside the vocabulary of " + std::to_string(vocab));
 }
 
-// `row` is a sagellm_backend.base.RowSampling.
+}  // namespace
+
+KvFormat kv_format_of(const std::string& name) {
+  if (name == "f32") return KvFormat::F32;
+  if (name == "bf16") return KvFormat::BF16;
+  if (name == "int8") return KvFormat::INT8;
+  throw std::invalid_argument("KV precision '" + name + "' is unknown to the cpu backend");
+}
+
 RowParams row_from(const nb::handle& row, int vocab) {
   RowParams p;
   const nb::object params = row.attr("params");
@@ -144,6 +128,8 @@ RowParams row_from(const nb::handle& row, int vocab) {
   }
   return p;
 }
+
+namespace {
 
 // A checksum of bytes, about as fast as memory: four chains of multiply and rotate over 64-bit words, then the tail.
 uint64_t checksum(Bytes data) {
@@ -318,129 +304,6 @@ double dot_peak(const std::string& isa, const std::string& kind, int threads, in
   return 2.0 * (bf16 ? 32 : 64) * 12 * kRounds * pool.size() / s;
 }
 
-// One kernel beside its twin, for tests.
-class Probe {
- public:
-  explicit Probe(const std::string& isa) : kernel_(kernels_of(isa)), pool_(1) {}
-
-  // (rows, n) by the kernel, and by the twin on the same packed weights and converted activations.
-  nb::tuple gemm(const std::string& format, const std::string& source, Bytes data, int n, In<float> x) {
-    const int rows = static_cast<int>(x.shape(0)), k = static_cast<int>(x.shape(1));
-    const WeightFormat f = weight_format_of(format);
-    Packed w{f, n, k, nullptr, panel_bytes(f, k)};
-    Memory memory(w.panel_stride * w.panels() + 4096);
-    w.data = memory.as<uint8_t>();
-    pack(source_of(source), data.data(), w, memory.as<uint8_t>(), pool_);
-    const ActivationBuffer a(rows, k, {f});
-    for (int r = 0; r < rows; r++) kernel_.prepare(x.data() + static_cast<size_t>(r) * k, 0, k, a.view(), r);
-    const size_t ld = static_cast<size_t>(w.panels()) * kPanel;
-    std::vector<float> wide(rows * ld);
-    for (int p = 0; p < w.panels(); p++) kernel_.gemm(w, p, a.view(), 0, rows, wide.data() + p * kPanel, ld, false, 1.0f);
-    float *fast, *slow;
-    const nb::object out = new_array<float>({static_cast<size_t>(rows), static_cast<size_t>(n)}, &fast);
-    const nb::object twin = new_array<float>({static_cast<size_t>(rows), static_cast<size_t>(n)}, &slow);
-    for (int r = 0; r < rows; r++) std::memcpy(fast + static_cast<size_t>(r) * n, wide.data() + r * ld, n * sizeof(float));
-    twin::gemm(w, a.view(), rows, slow);
-    return nb::make_tuple(out, twin);
-  }
-
-  nb::tuple rms_norm(In<float> x, In<float> weight, float eps) {
-    return both(x.size(), [&](float* out) { kernel_.rms_norm(x.data(), weight.data(), static_cast<int>(x.size()), eps, out); },
-                [&](float* out) { twin::rms_norm(x.data(), weight.data(), static_cast<int>(x.size()), eps, out); });
-  }
-
-  nb::tuple activate(int kind, In<float> gate, In<float> up) {
-    const int n = static_cast<int>(gate.size());
-    auto start = [&](float* out) { std::memcpy(out, gate.data(), n * sizeof(float)); };
-    return both(gate.size(), [&](float* out) { start(out), kernel_.activate(static_cast<Activation>(kind), out, up.data(), n); },
-                [&](float* out) { start(out), twin::activate(static_cast<Activation>(kind), out, up.data(), n); });
-  }
-
-  nb::tuple softcap(In<float> x, float cap) {
-    const int n = static_cast<int>(x.size());
-    auto start = [&](float* out) { std::memcpy(out, x.data(), n * sizeof(float)); };
-    return both(x.size(), [&](float* out) { start(out), kernel_.softcap(out, n, cap); },
-                [&](float* out) { start(out), twin::softcap(out, n, cap); });
-  }
-
-  nb::tuple rope(In<float> head, In<float> cos_sin, bool interleaved) {
-    const int dim = static_cast<int>(cos_sin.size());
-    auto start = [&](float* out) { std::memcpy(out, head.data(), head.size() * sizeof(float)); };
-    return both(head.size(), [&](float* out) { start(out), kernel_.rope(out, cos_sin.data(), dim, interleaved); },
-                [&](float* out) { start(out), twin::rope(out, cos_sin.data(), dim, interleaved); });
-  }
-
-  // Queries (lanes, head_dim) at `positions` over keys and values (tokens, head_dim) laid into `blocks`.
-  nb::tuple attention(const std::string& kv, In<float> q, In<float> k, In<float> v, In<int32_t> positions, In<int32_t> blocks,
-                      float scale, float cap, int window) {
-    const KvFormat format = kv_format_of(kv);
-    const int lanes = static_cast<int>(q.shape(0)), dh = static_cast<int>(q.shape(1)), dim = round_up(dh, 16);
-    const size_t half = kv_head_bytes(format, dh);
-    int most = 0;
-    for (size_t i = 0; i < blocks.size(); i++) most = std::max(most, blocks.data()[i]);
-    Memory memory(2 * half * (most + 1));
-    auto block = [&](int position) { return memory.as<uint8_t>() + blocks.data()[position / kBlock] * 2 * half; };
-    for (int i = 0; i < static_cast<int>(k.shape(0)); i++)
-      kernel_.write_kv(format, k.data() + i * dh, v.data() + i * dh, dh, i % kBlock, block(i), block(i) + half);
-    Memory scratch(attention_scratch(dh) * 4);
-    std::vector<float> wide(static_cast<size_t>(kLanes) * dim);
-    AttentionTile t{};
-    t.lanes = lanes;
-    for (int i = 0; i < lanes; i++) {
-      t.q[i] = q.data() + i * dh;
-      t.out[i] = wide.data() + i * dim;
-      t.position[i] = positions.data()[i];
-    }
-    t.window = window;
-    t.blocks = blocks.data();
-    t.k = memory.as<uint8_t>();
-    t.v = t.k + half;
-    t.block_stride = 2 * half;
-    t.head_dim = dh;
-    t.scale = scale;
-    t.softcap = cap;
-    t.scratch = scratch.as<float>();
-    return both(static_cast<size_t>(lanes) * dh,
-                [&](float* out) {
-                  kernel_.attention(format, t);
-                  for (int i = 0; i < lanes; i++) std::memcpy(out + i * dh, t.out[i], dh * sizeof(float));
-                },
-                [&](float* out) {
-                  for (int i = 0; i < lanes; i++) twin::attention(format, t, i, out + i * dh);
-                });
-  }
-
-  int sample(In<float> logits, const nb::handle& row) {
-    const int vocab = static_cast<int>(logits.size());
-    const RowParams p = row_from(row, vocab);
-    return Sampler(kernel_, vocab).draw(logits.data(), p);
-  }
-
-  // Log-probability of `token`, and the `count` likeliest ids with theirs.
-  nb::tuple report(In<float> logits, int token, int count) {
-    const int vocab = static_cast<int>(logits.size());
-    int32_t* ids;
-    float* values;
-    const size_t n = static_cast<size_t>(std::min(count, vocab));
-    const nb::object top_ids = new_array<int32_t>({n}, &ids), top = new_array<float>({n}, &values);
-    const float chosen = Sampler(kernel_, vocab).report(logits.data(), token, count, ids, values);
-    return nb::make_tuple(chosen, top_ids, top);
-  }
-
- private:
-  template <class Fast, class Slow>
-  static nb::tuple both(size_t n, Fast&& fast, Slow&& slow) {
-    float *a, *b;
-    const nb::object x = new_array<float>({n}, &a), y = new_array<float>({n}, &b);
-    fast(a);
-    slow(b);
-    return nb::make_tuple(x, y);
-  }
-
-  const Kernels& kernel_;
-  ThreadPool pool_;
-};
-
 }  // namespace
 }  // namespace sage
 
@@ -483,14 +346,5 @@ NB_MODULE(_native, m) {
       .def_prop_ro("threads", &PyModel::threads)
       .def_prop_ro("isa", &PyModel::isa);
 
-  nb::class_<Probe>(m, "Probe")
-      .def(nb::init<const std::string&>(), "isa"_a)
-      .def("gemm", &Probe::gemm)
-      .def("rms_norm", &Probe::rms_norm)
-      .def("activate", &Probe::activate)
-      .def("softcap", &Probe::softcap)
-      .def("rope", &Probe::rope)
-      .def("attention", &Probe::attention)
-      .def("sample", &Probe::sample)
-      .def("report", &Probe::report);
+  bind_probe(m);
 }

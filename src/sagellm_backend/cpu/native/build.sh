@@ -1,10 +1,11 @@
 #!/bin/sh
-# Build the extension into the source tree, for development: sh src/sagellm_backend/cpu/native/build.sh [cmake options]
+# Rebuild the extension where the environment loads it from, for development: sh src/sagellm_backend/cpu/native/build.sh [cmake options]
 set -eu
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 root=$(CDPATH= cd -- "$here/../../../.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 PATH=$(dirname -- "$python"):$PATH
+to=$("$python" -c 'import importlib.util as u, os; s = u.find_spec("sagellm_backend.cpu._native"); print(os.path.dirname(s.origin) if s else "")')
 cmake -S "$here" -B "$root/build/dev" -G Ninja -DPython_EXECUTABLE="$python" \
-  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$here/.." "$@" >/dev/null
+  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="${to:-$here/..}" "$@" >/dev/null
 cmake --build "$root/build/dev"

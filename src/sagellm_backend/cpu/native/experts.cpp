@@ -99,7 +99,7 @@ void Forward::expert_unit(const Expert& x, int unit, int first, int rows, int th
   kernel_.gemm(x.up, unit, s_.experts.gathered.view(), first, rows, up, kPanel, false, 1.0f);
   kernel_.activate(c_.activation, gate, up, rows * kPanel);
   const int begin = unit * kPanel, end = std::min(c_.experts_d_ff, begin + kPanel);
-  for (int r = 0; r < rows; r++) kernel_.prepare(gate + r * kPanel - begin, begin, end, s_.experts.hidden.view(), first + r);
+  kernel_.prepare(gate, kPanel, rows, begin, end, s_.experts.hidden.view(), first);
 }
 
 void Forward::combine(int row, bool straight) {

@@ -21,15 +21,20 @@ Forward::Forward(Model& model, const StepInput& in, const StepOutput& out)
   plan_adapters();
 }
 
-// Long tiles first, so that the threads end together.
+// Tiles of one KV head follow each other, so that what they read stays in the cache; long ones first, so that the threads end
+// together.
 void Forward::plan_attention() {
+  long long lanes = 0;
+  for (int s = 0; s < in_.sequences; s++) lanes += static_cast<long long>(in_.lengths[s]) * group_ * c_.n_kv_heads;
+  const long long share = lanes / (m_.pool_.size() * kTilesPerThread) / kTile * kTile;
+  const int width = fused_ ? kLanes : static_cast<int>(std::clamp<long long>(share, kTile, kLanes));
   for (int s = 0; s < in_.sequences; s++) {
-    const int lanes = in_.lengths[s] * group_;
-    for (int first = 0; first < lanes; first += kLanes)
-      for (int head = 0; head < c_.n_kv_heads; head++) tiles_.push_back({s, head, first, std::min(kLanes, lanes - first)});
+    const int lanes = in_.lengths[s] * group_, tiles = (lanes + width - 1) / width;
+    for (int head = 0; head < c_.n_kv_heads; head++)
+      for (int i = tiles - 1; i >= 0; i--) tiles_.push_back({s, head, i * width, std::min(width, lanes - i * width)});
   }
-  auto last = [this](const Tile& t) { return in_.starts[t.sequence] + (t.first + t.lanes - 1) / group_; };
-  std::stable_sort(tiles_.begin(), tiles_.end(), [&](const Tile& a, const Tile& b) { return last(a) > last(b); });
+  auto tokens = [this](const Tile& t) { return in_.starts[t.sequence] + in_.lengths[t.sequence]; };
+  std::stable_sort(tiles_.begin(), tiles_.end(), [&](const Tile& a, const Tile& b) { return tokens(a) > tokens(b); });
 }
 
 void Forward::run() {
@@ -94,7 +99,7 @@ void Forward::norm_rows(int thread, const float* weight) {
   for (int r = begin; r < end; r++) {
     const float* x = s_.x.as<float>() + r * s_.ld_x;
     if (weight) kernel_.rms_norm(x, weight, c_.d_model, c_.norm_eps, row);
-    kernel_.prepare(weight ? row : x, 0, c_.d_model, normed(thread), r);
+    kernel_.prepare(weight ? row : x, 0, 1, 0, c_.d_model, normed(thread), r);
   }
   if (!few_) m_.pool_.barrier();
 }
@@ -179,10 +184,12 @@ void Forward::attend(int index, const Tile& tile, int thread) {
     t.position[i] = rows_[row_of(i)].position;
   }
   kernel_.attention(m_.kv_.format, t);
-  for (int i = 0; i < tile.lanes; i++) {
-    float* row = s_.attn.as<float>() + row_of(i) * s_.ld_attn;
-    std::memcpy(row + head_of(i) * dh, t.out[i], dh * sizeof(float));
-    if (dh % kGroup == 0) kernel_.prepare(row, head_of(i) * dh, (head_of(i) + 1) * dh, s_.attended.view(), row_of(i));
+  for (int i = 0, heads; i < tile.lanes; i += heads) {  // the heads of a row lie side by side
+    const int row = row_of(i), begin = head_of(i) * dh;
+    heads = std::min(tile.lanes - i, group_ - (tile.first + i) % group_);
+    float* to = s_.attn.as<float>() + row * s_.ld_attn + begin;
+    for (int h = 0; h < heads; h++) std::memcpy(to + h * dh, t.out[i + h], dh * sizeof(float));
+    if (dh % kGroup == 0) kernel_.prepare(to, 0, 1, begin, begin + heads * dh, s_.attended.view(), row);
   }
 }
 
@@ -197,7 +204,7 @@ void Forward::gate_up(int index, int unit, int row0, int rows, int thread) {
   add_low(index, Site::Up, 1, unit, row0, rows, up, kPanel, 1.0f);
   kernel_.activate(c_.activation, gate, up, rows * kPanel);
   const int begin = unit * kPanel, end = std::min(c_.d_ff, begin + kPanel);
-  for (int r = 0; r < rows; r++) kernel_.prepare(gate + r * kPanel - begin, begin, end, s_.hidden.view(), row0 + r);
+  kernel_.prepare(gate, kPanel, rows, begin, end, s_.hidden.view(), row0);
 }
 
 // A projection back to the residual stream: straight into it, or into `branch` if a norm or a bias follows.
@@ -233,13 +240,14 @@ void Forward::layer(int index, int thread, size_t loop) {
     for (int r = begin; r < end; r++) rotate(y, index, r, 0, c_.n_kv_heads, thread);
     pool.barrier();
   }
-  share(static_cast<int>(tiles_.size()), loop + 1, [&](int i) {
+  const int tiles = static_cast<int>(tiles_.size());
+  for (int i = s_.loops->take(loop + 1, 1); i < tiles; i = s_.loops->take(loop + 1, 1)) {
     if (fused_) rotate(y, index, tiles_[i].sequence, tiles_[i].kv_head, 1, thread);
     attend(index, tiles_[i], thread);
-  });
+  }
   pool.barrier();
   if (c_.head_dim % kGroup != 0) {  // groups of 32 span heads
-    for (int r = begin; r < end; r++) kernel_.prepare(s_.attn.as<float>() + r * s_.ld_attn, 0, c_.q_size(), s_.attended.view(), r);
+    kernel_.prepare(s_.attn.as<float>() + begin * s_.ld_attn, s_.ld_attn, end - begin, 0, c_.q_size(), s_.attended.view(), begin);
     pool.barrier();
   }
 
@@ -254,19 +262,6 @@ void Forward::layer(int index, int thread, size_t loop) {
   if (y.post_ffn_norm) branch_norm(thread, y.post_ffn_norm, nullptr);
 }
 
-// The last product decides which token is most likely: its activations have about 15 bits, in two rows of int8. One stream
-// reads the same weights either way; the error of the log-probabilities falls by a quarter.
-void Forward::prepare_head(float* row, int i) {
-  const Activations& to = s_.head.view();
-  const int at = i * s_.head_parts;
-  kernel_.prepare(row, 0, c_.d_model, to, at);
-  if (s_.head_parts == 1) return;
-  const GroupMeta* meta = to.meta + at * to.ld_meta;
-  const int8_t* q = to.q + at * to.ld;
-  for (int j = 0; j < c_.d_model; j++) row[j] -= meta[j / kGroup].scale * static_cast<float>(q[j]);
-  kernel_.prepare(row, 0, c_.d_model, to, at + 1);
-}
-
 void Forward::feed_forward(int index, int thread, size_t loop) {
   const Layer& y = m_.layers_[index];
   ThreadPool& pool = m_.pool_;
@@ -278,64 +273,6 @@ void Forward::feed_forward(int index, int thread, size_t loop) {
   low_hidden(index, thread);
   project(index, Site::Down, y.down, s_.hidden.view(), !y.post_ffn_norm, thread, loop + 1);
   pool.barrier();
-}
-
-void Forward::head(int thread, size_t loop) {
-  const int panels = m_.head_.panels();
-  if (in_.n_logits <= kFewRows) {
-    const long long threads = m_.pool_.size();
-    for (int p = static_cast<int>(panels * thread / threads); p < panels * (thread + 1) / threads; p++) head_panel(p, thread);
-  } else {
-    share(panels, loop, [&](int panel) { head_panel(panel, thread); });
-  }
-}
-
-void Forward::head_panel(int panel, int thread) {
-  Scratch::Thread& t = s_.threads[thread];
-  float* tile = t.logits.as<float>();
-  const int n = in_.n_logits, begin = panel * kPanel, width = std::min(kPanel, c_.vocab - begin);
-  kernel_.gemm(m_.head_, panel, s_.head.view(), 0, n * s_.head_parts, tile, kPanel, false, 1.0f);
-  if (s_.head_parts == 2)
-    for (int i = 0; i < n; i++)
-      for (int j = 0; j < kPanel; j++) tile[i * kPanel + j] = tile[2 * i * kPanel + j] + tile[(2 * i + 1) * kPanel + j];
-  if (c_.logit_scale != 1.0f)
-    for (int i = 0; i < n * kPanel; i++) tile[i] *= c_.logit_scale;
-  if (c_.final_softcap > 0.0f) kernel_.softcap(tile, n * kPanel, c_.final_softcap);
-  for (int i = 0; i < n; i++) {
-    const float* row = tile + i * kPanel;
-    if (stores_logits(i)) std::memcpy(s_.logits.as<float>() + i * s_.ld_logits + begin, row, width * sizeof(float));
-    kernel_.argmax(row, width, begin, &t.best[i], &t.index[i]);
-  }
-}
-
-void Forward::sample(int thread, size_t loop) {
-  for (int i = s_.loops->take(loop, 1); i < in_.n_logits; i = s_.loops->take(loop, 1)) sample_row(i, thread);
-}
-
-void Forward::sample_row(int i, int thread) {
-  const RowParams& row = (*in_.sampling)[i];
-  const float* logits = s_.logits.as<float>() + i * s_.ld_logits;
-  Sampler& sampler = *s_.threads[thread].sampler;
-  if (row.target >= 0) {
-    out_.tokens[i] = row.target;
-  } else if (row.plain_greedy()) {
-    float best = -std::numeric_limits<float>::infinity();
-    int index = -1;
-    for (const auto& t : s_.threads)
-      if (t.index[i] >= 0 && (index < 0 || t.best[i] > best || (t.best[i] == best && t.index[i] < index))) {
-        best = t.best[i];
-        index = t.index[i];
-      }
-    out_.tokens[i] = index;
-  } else {
-    out_.tokens[i] = sampler.draw(logits, row);
-  }
-  if (row.logprobs >= 0 || row.target >= 0) {
-    const int count = std::min(std::max(row.logprobs, 0), in_.top_count);
-    out_.logprobs[i] = sampler.report(logits, out_.tokens[i], count, out_.top_ids + static_cast<size_t>(i) * in_.top_count,
-                                      out_.top_logprobs + static_cast<size_t>(i) * in_.top_count);
-  }
-  if (out_.logits) std::memcpy(out_.logits + static_cast<size_t>(i) * c_.vocab, logits, c_.vocab * sizeof(float));
 }
 
 void Model::step(const StepInput& in, const StepOutput& out) {

@@ -10,6 +10,7 @@
 namespace sage {
 
 constexpr size_t kRowBlockBytes = 256 << 10;  // of activations that stay in a core's cache
+constexpr int kTilesPerThread = 16;           // of attention, at least: the threads end together
 
 inline int row_block(int k) { return std::max(24, static_cast<int>(kRowBlockBytes) / std::max(k, 1) / 24 * 24); }
 
@@ -19,7 +20,7 @@ class Forward {
   void run();
 
  private:
-  // Up to 8 query vectors of one sequence and KV head: lane i is query row (first + i) / heads_per_kv of the sequence.
+  // Query vectors of one sequence and KV head: lane i is query row (first + i) / heads_per_kv of the sequence.
   struct Tile {
     int sequence, kv_head, first, lanes;
   };
@@ -45,9 +46,11 @@ class Forward {
   void combine(int row, bool straight);
   void feed_forward(int index, int thread, size_t loop);
   void project(int index, Site site, const Packed& w, const Activations& x, bool straight, int thread, size_t loop);
+  // head.cpp
   void prepare_head(float* row, int i);
   void head(int thread, size_t loop);
   void head_panel(int panel, int thread);
+  void add_rest(int panel, float* tile, int thread);
   void sample(int thread, size_t loop);
   void sample_row(int i, int thread);
   // lora.cpp
@@ -91,11 +94,20 @@ class Forward {
   size_t low_ld_ = 0;
 };
 
+// A turn takes a part of what is left: long runs at first, which read memory in order, and short ones at the end, so that all
+// threads end together.
 template <class F>
 void Forward::share(int items, size_t loop, F&& f) {
-  const int chunk = std::max(1, items / (m_.pool_.size() * 16));
-  for (int i = s_.loops->take(loop, chunk); i < items; i = s_.loops->take(loop, chunk))
-    for (int j = i; j < std::min(items, i + chunk); j++) f(j);
+  int begin = 0, turn = 0;
+  for (int mine = s_.loops->take(loop, 1);; mine = s_.loops->take(loop, 1)) {
+    int size = 0;
+    for (;; turn++, begin += size) {
+      size = std::max(1, (items - begin) / (2 * m_.pool_.size()));
+      if (begin >= items) return;
+      if (turn == mine) break;
+    }
+    for (int i = begin; i < begin + size; i++) f(i);
+  }
 }
 
 template <class F>
@@ -105,10 +117,11 @@ void Forward::share_panels(int panels, int k, int thread, size_t loop, F&& f) {
     for (int p = static_cast<int>(panels * thread / threads); p < panels * (thread + 1) / threads; p++) f(p, 0, in_.rows);
     return;
   }
-  const int size = row_block(k), blocks = (in_.rows + size - 1) / size;
+  const int most = row_block(k), blocks = (in_.rows + most - 1) / most;
+  const int size = round_up((in_.rows + blocks - 1) / blocks, 12);  // equal, of whole tiles
   share(panels * blocks, loop, [&](int item) {
-    const int row0 = item / panels * size;
-    f(item % panels, row0, std::min(size, in_.rows - row0));
+    const int row0 = item / panels * size, rows = std::min(size, in_.rows - row0);
+    if (rows > 0) f(item % panels, row0, rows);
   });
 }
 

@@ -51,6 +51,13 @@ struct Q8Step {
 
 constexpr size_t kPrefetch = 4096;  // bytes ahead of the weights' stream
 
+// Cache lines that a tile fetches of the panel behind, while it computes, with each group: so many tiles that follow each other
+// on one panel hide the reading of the next. None but the stream's own where `lines` is 0, nothing at all where it is negative.
+struct Ahead {
+  const uint8_t* at;
+  int lines;
+};
+
 template <size_t kBytes>
 inline __attribute__((always_inline)) void prefetch(const uint8_t* w) {
 #pragma GCC unroll 20
@@ -58,13 +65,15 @@ inline __attribute__((always_inline)) void prefetch(const uint8_t* w) {
 }
 
 template <class Step, bool kMin, int NR>
-inline __attribute__((always_inline)) void tile_int(const Packed& p, const uint8_t* w, const Activations& x, int row,
+inline __attribute__((always_inline)) void tile_int(const Packed& p, const uint8_t* w, const Activations& x, int row, Ahead ahead,
                                                     vf (&acc)[NR][2]) {
   const int8_t* q = x.q + row * x.ld;
   const GroupMeta* meta = x.meta + row * x.ld_meta;
   const int groups = p.groups();
   for (int g = 0; g < groups; g++, w += Step::kBytes, q += kGroup, meta++) {
-    prefetch<Step::kBytes>(w);
+    if (NR <= 2 || ahead.lines == 0) prefetch<Step::kBytes>(w);
+    if constexpr (NR > 2)  // one or two rows are as fast as the stream, or the rest of others
+      for (int i = 0; i < ahead.lines; i++, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
     vi a[NR][2];
 #pragma GCC unroll 8
     for (int r = 0; r < NR; r++) a[r][0] = a[r][1] = Step::start(meta[r * x.ld_meta]);
@@ -131,14 +140,14 @@ struct Output {
 };
 
 template <WeightFormat F, int NR>
-void tile(const Packed& p, const uint8_t* w, const Activations& x, int row, const Output& out, int out_row) {
+void tile(const Packed& p, const uint8_t* w, const Activations& x, int row, const Output& out, int out_row, Ahead ahead) {
   vf acc[NR][2];
 #pragma GCC unroll 8
   for (int r = 0; r < NR; r++) acc[r][0] = acc[r][1] = zero();
-  if constexpr (F == WeightFormat::Q4) tile_int<Q4Step<false>, false, NR>(p, w, x, row, acc);
-  if constexpr (F == WeightFormat::Q4M) tile_int<Q4Step<true>, true, NR>(p, w, x, row, acc);
-  if constexpr (F == WeightFormat::Q8) tile_int<Q8Step<false>, false, NR>(p, w, x, row, acc);
-  if constexpr (F == WeightFormat::Q8M) tile_int<Q8Step<true>, true, NR>(p, w, x, row, acc);
+  if constexpr (F == WeightFormat::Q4) tile_int<Q4Step<false>, false, NR>(p, w, x, row, ahead, acc);
+  if constexpr (F == WeightFormat::Q4M) tile_int<Q4Step<true>, true, NR>(p, w, x, row, ahead, acc);
+  if constexpr (F == WeightFormat::Q8) tile_int<Q8Step<false>, false, NR>(p, w, x, row, ahead, acc);
+  if constexpr (F == WeightFormat::Q8M) tile_int<Q8Step<true>, true, NR>(p, w, x, row, ahead, acc);
   if constexpr (F == WeightFormat::BF16) tile_bf16<NR>(p, w, x, row, acc);
   if constexpr (F == WeightFormat::F32) tile_f32<NR>(p, w, x, row, acc);
   const vf factor = set1(out.factor);
@@ -156,21 +165,38 @@ void tile(const Packed& p, const uint8_t* w, const Activations& x, int row, cons
 }
 
 template <WeightFormat F, int NR>
-void tile_rest(int rows, const Packed& p, const uint8_t* w, const Activations& x, int row, const Output& out, int out_row) {
+void tile_rest(int rows, const Packed& p, const uint8_t* w, const Activations& x, int row, const Output& out, int out_row, Ahead ahead) {
   if constexpr (NR > 0) {
     if (rows == NR)
-      tile<F, NR>(p, w, x, row, out, out_row);
+      tile<F, NR>(p, w, x, row, out, out_row, ahead);
     else
-      tile_rest<F, NR - 1>(rows, p, w, x, row, out, out_row);
+      tile_rest<F, NR - 1>(rows, p, w, x, row, out, out_row, ahead);
+  }
+}
+
+constexpr size_t group_size(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::Q4: return Q4Step<false>::kBytes;
+    case WeightFormat::Q4M: return Q4Step<true>::kBytes;
+    case WeightFormat::Q8: return Q8Step<false>::kBytes;
+    case WeightFormat::Q8M: return Q8Step<true>::kBytes;
+    default: return 0;
   }
 }
 
 template <WeightFormat F>
 void panel_of(const Packed& p, int panel, const Activations& x, int row0, int rows, const Output& out) {
+  constexpr int kLines = group_size(F) / 64;  // of a group
   const uint8_t* w = p.data + panel * p.panel_stride;
+  const uint8_t* next = w + p.groups() * group_size(F);
+  const int tiles = (rows + kRowTile - 1) / kRowTile, lines = tiles > 1 ? (kLines + tiles - 1) / tiles : 0;
+  auto ahead = [&](int r) {
+    const int t = r / kRowTile;
+    return t * lines < kLines || tiles == 1 ? Ahead{next + static_cast<size_t>(t) * p.groups() * lines * 64, lines} : Ahead{next, -1};
+  };
   int r = 0;
-  for (; r + kRowTile <= rows; r += kRowTile) tile<F, kRowTile>(p, w, x, row0 + r, out, r);
-  tile_rest<F, kRowTile - 1>(rows - r, p, w, x, row0 + r, out, r);
+  for (; r + kRowTile <= rows; r += kRowTile) tile<F, kRowTile>(p, w, x, row0 + r, out, r, ahead(r));
+  tile_rest<F, kRowTile - 1>(rows - r, p, w, x, row0 + r, out, r, ahead(r));
 }
 
 inline void gemm(const Packed& p, int panel, const Activations& x, int row0, int rows, float* data, size_t ld, bool add,
@@ -184,4 +210,25 @@ inline void gemm(const Packed& p, int panel, const Activations& x, int row0, int
     case WeightFormat::BF16: return panel_of<WeightFormat::BF16>(p, panel, x, row0, rows, out);
     case WeightFormat::F32: return panel_of<WeightFormat::F32>(p, panel, x, row0, rows, out);
   }
+}
+
+// The greatest magnitude that a group's scales and minimums allow, for each row of the matrix.
+inline float panel_norm(const Packed& p, int panel) {
+  const bool has_min = p.format == WeightFormat::Q4M || p.format == WeightFormat::Q8M;
+  const bool small = p.format == WeightFormat::Q4 || p.format == WeightFormat::Q4M;
+  const vf most = set1(has_min ? (small ? 15.0f : 127.0f) : (small ? 8.0f : 128.0f));
+  const uint8_t* w = p.data + panel * p.panel_stride;
+  const size_t step = group_size(p.format);
+  vf squares[2] = {zero(), zero()};
+  for (int g = 0; g < p.groups(); g++, w += step)
+    for (int half = 0; half < 2; half++) {
+      const vf d = load_half((const uint16_t*)w + 16 * half);
+      vf top = mul(abs(d), most);
+      if (has_min) {
+        const vf m = load_half((const uint16_t*)w + 32 + 16 * half);
+        top = max(abs(m), abs(fma(d, most, m)));
+      }
+      squares[half] = fma(top, top, squares[half]);
+    }
+  return 1.001f * std::sqrt(kGroup * hmax(max(squares[0], squares[1])));
 }

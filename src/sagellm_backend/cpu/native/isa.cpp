@@ -2,6 +2,11 @@
 
 #include <stdexcept>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace sage {
 
 #if defined(__x86_64__)
@@ -15,6 +20,11 @@ namespace avx2_vnni {
 const Kernels& table(const char* name);
 }
 namespace avx2 {
+const Kernels& table(const char* name);
+}
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+namespace neon {
 const Kernels& table(const char* name);
 }
 #endif
@@ -34,6 +44,9 @@ std::vector<const Kernels*> supported_kernels() {
   if (has_avx512) found.push_back(&avx512_vnni::table("avx512_vnni"));
   if (has_avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&avx2_vnni::table("avx2_vnni"));
   if (has_avx2) found.push_back(&avx2::table("avx2"));
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back(&neon::table("neon"));
 #endif
   found.push_back(&portable::table("portable"));
   return found;

@@ -51,8 +51,9 @@ struct Activations {
 
 enum class KvFormat : int { BF16, F32, INT8 };
 
-// Up to 8 query vectors that share a KV head of one sequence.
-constexpr int kLanes = 8;
+// Query vectors that share a KV head of one sequence: so many are computed together, and so many read the cache together.
+constexpr int kTile = 8;
+constexpr int kLanes = 32;
 // Tokens whose softmax is computed as one unit. Units start at multiples of it, so no result depends on how rows are tiled.
 constexpr int kChunk = 256;
 
@@ -68,12 +69,12 @@ struct AttentionTile {
   size_t block_stride;  // bytes from block to block
   int head_dim;
   float scale, softcap;
-  float* scratch;  // attention_scratch(head_dim) floats
+  float* scratch;          // attention_scratch(head_dim) floats
 };
 
 static inline size_t attention_scratch(int head_dim) {
   const size_t dim = static_cast<size_t>(round_up(head_dim, 16));
-  return kLanes * (2 * static_cast<size_t>(kChunk) + 3 * dim + 16);
+  return kTile * 2 * static_cast<size_t>(kChunk) + kLanes * dim;
 }
 
 enum class Activation : int { Silu, GeluTanh, Gelu };
@@ -85,8 +86,12 @@ struct Kernels {
   void (*gemm)(const Packed& w, int panel, const Activations& x, int row0, int rows, float* out, size_t ld_out, bool add,
                float factor);
 
-  // Convert columns [begin, end) of a row; `begin` is a multiple of 32, `end` too unless it is the row's end.
-  void (*prepare)(const float* row, int begin, int end, const Activations& to, int to_row);
+  // At least the Euclidean norm of each row of the matrix in a panel; for formats of 4 and 8 bits.
+  float (*panel_norm)(const Packed& w, int panel);
+
+  // Convert columns [begin, end) of rows, which start at `x` and are `ld` floats apart, to rows of `to` from to_row on; `begin` is
+  // a multiple of 32, `end` too unless it is the row's end.
+  void (*prepare)(const float* x, size_t ld, int rows, int begin, int end, const Activations& to, int to_row);
 
   // out = x / rms(x) · weight
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
@@ -102,6 +107,9 @@ struct Kernels {
 
   // Raise (*best, *index) to the greatest finite x[i], index base + i; the lowest index of equals.
   void (*argmax)(const float* x, int n, int base, float* best, int* index);
+
+  // The greatest of n values; n is a multiple of 16.
+  float (*greatest)(const float* x, int n);
 
   // Integer weights of docs/design/0030-sampling-stream.md, section 3.
   void (*integer_weights)(const float* z, int n, double top, double scale, uint64_t* w);

@@ -11,6 +11,8 @@ namespace sage::SAGE_ISA {
 
 #include "rows.inl"
 
+#include "kv.inl"
+
 #include "attention.inl"
 
 alignas(64) const uint8_t kLoopData[64] = {1, 63, 2, 63, 3, 63, 4, 63};
@@ -18,8 +20,8 @@ alignas(64) const uint8_t kLoopData[64] = {1, 63, 2, 63, 3, 63, 4, 63};
 #include "limits.inl"
 
 const Kernels& table(const char* name) {
-  static const Kernels kernels{name,   gemm,            prepare, rms_norm, activate, softcap, sum_exp,
-                               argmax, integer_weights, rope,    write_kv, attention, read_stream, dot_int8_loop,
+  static const Kernels kernels{name,     gemm,     panel_norm,      prepare, rms_norm, activate,  softcap,     sum_exp,
+                               argmax,   greatest, integer_weights, rope,    write_kv, attention, read_stream, dot_int8_loop,
                                dot_bf16_loop};
   return kernels;
 }

@@ -172,6 +172,7 @@ void Model::take_scratch(const Limits& limits) {
   s.hidden = ActivationBuffer(limits.max_rows, c.d_ff, ffn_in);
   s.head_parts = reads_int8(head_.format) ? 2 : 1;
   s.head = ActivationBuffer(limits.max_logit_rows * s.head_parts, c.d_model, {head_.format});
+  s.rest_norm.resize(logit_rows);
   const size_t dim = static_cast<size_t>(round_up(c.head_dim, 16));
   s.threads.resize(pool_.size());
   for (auto& t : s.threads) {

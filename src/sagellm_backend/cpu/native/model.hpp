@@ -130,7 +130,8 @@ struct Scratch {
   std::vector<size_t> rope_at;       // of each rope in it
   Memory x, branch, qkv, attn, rope, logits;
   ActivationBuffer normed, attended, hidden, head;
-  int head_parts = 1;  // 2: rows of the head are int8 values and, as another row, what their rounding left over
+  int head_parts = 1;  // 2: behind all rows of int8 values lie as many of what their rounding left over
+  std::vector<float> rest_norm;  // bound of the Euclidean norm of those
   struct Thread {
     ActivationBuffer normed;  // each thread's own copy for the few rows of a step without prefill
     Memory row, gate, up, attention, lanes, logits;

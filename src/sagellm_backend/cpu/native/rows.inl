@@ -1,36 +1,72 @@
 // Row-wise work: conversion of activations, RMSNorm, rotation, gate activations, soft cap, log-sum-exp.
 
-// Quantise one group of 32 to int8 with its own scale. Values past `n` count as zero.
-inline void quantise_group(const float* v, int n, int8_t* q, GroupMeta& meta) {
-  alignas(64) float padded[kGroup] = {};
-  if (n < kGroup) {
-    std::memcpy(padded, v, n * sizeof(float));
-    v = padded;
+// Where groups of 32 lie: so much from one to the next.
+struct GroupStep {
+  size_t x, q, meta;
+};
+
+// Up to 16 groups to int8, each with its own scale. What is done for all comes in phases, which leave no group waiting for the
+// maxima and quotients of another.
+inline void quantise_some(const float* x, int8_t* q, GroupMeta* meta, const GroupStep& step, int count) {
+  alignas(64) float top[16] = {}, scale[16], inverse[16], scaled_sum[16];
+  alignas(64) int32_t sum[16] = {};
+  int j = 0;
+  auto most = [&](int i) { return max(abs(load(x + i * step.x)), abs(load(x + i * step.x + 16))); };
+  for (; j + 4 <= count; j += 4) hmax4({most(j), most(j + 1), most(j + 2), most(j + 3)}, top + j);
+  for (; j < count; j++) top[j] = hmax(most(j));
+  const vf most16 = load(top), scale16 = div(most16, set1(127.0f));
+  store(scale, scale16);
+  store(inverse, choose_less(zero(), scale16, div(set1(127.0f), most16), zero()));
+  auto rounded = [&](int i, int half) { return round_int(mul(load(x + i * step.x + half), set1(inverse[i]))); };
+  for (j = 0; j + 4 <= count; j += 4) {
+    const vi a = rounded(j, 0), b = rounded(j, 16), c = rounded(j + 1, 0), d = rounded(j + 1, 16);
+    store_i8(q + j * step.q, q + (j + 1) * step.q, a, b, c, d);
+    const vi e = rounded(j + 2, 0), f = rounded(j + 2, 16), g = rounded(j + 3, 0), h = rounded(j + 3, 16);
+    store_i8(q + (j + 2) * step.q, q + (j + 3) * step.q, e, f, g, h);
+    hsum4({addi(a, b), addi(c, d), addi(e, f), addi(g, h)}, sum + j);
   }
-  const vf a = load(v), b = load(v + 16);
-  const float top = hmax(max(abs(a), abs(b)));
-  const float scale = top / 127.0f;
-  const vf inverse = set1(scale > 0.0f ? 127.0f / top : 0.0f);
-  const vi ia = round_int(mul(a, inverse)), ib = round_int(mul(b, inverse));
-  store_i8(q, ia);
-  store_i8(q + 16, ib);
-  const int32_t sum = hsumi(addi(ia, ib));
-  meta = {scale, scale * static_cast<float>(sum), -8 * sum, kBias8 * sum};
+  for (; j < count; j++) {
+    const vi a = rounded(j, 0), b = rounded(j, 16);
+    store_i8(q + j * step.q, a);
+    store_i8(q + j * step.q + 16, b);
+    sum[j] = hsumi(addi(a, b));
+  }
+  store(scaled_sum, mul(scale16, to_float(load_i32(sum))));
+  for (j = 0; j < count; j++) meta[j * step.meta] = {scale[j], scaled_sum[j], -8 * sum[j], kBias8 * sum[j]};
 }
 
-inline void prepare(const float* row, int begin, int end, const Activations& to, int to_row) {
-  if (to.q)
-    for (int i = begin; i < end; i += kGroup)
-      quantise_group(row + i, end - i < kGroup ? end - i : kGroup, to.q + to_row * to.ld + i,
-                     to.meta[to_row * to.ld_meta + i / kGroup]);
-  if (to.bf16) {
-    uint16_t* out = to.bf16 + to_row * to.ld;
-    int i = begin;
-    for (; i + 16 <= end; i += 16) store_bf16(out + i, load(row + i));
-    for (; i < end; i++) out[i] = float_to_bf16(row[i]);
-    if (end % 2) out[end] = 0;
+// `n` columns of `rows` rows: along a row, or, where a row has a single group, down the rows. Values past `n` count as zero.
+inline void quantise(const float* x, size_t ld, int rows, int n, int8_t* q, size_t ld_q, GroupMeta* meta, size_t ld_meta) {
+  if (n == kGroup) {
+    for (int r = 0; r < rows; r += 16)
+      quantise_some(x + r * ld, q + r * ld_q, meta + r * ld_meta, {ld, ld_q, ld_meta}, rows - r < 16 ? rows - r : 16);
+    return;
   }
-  if (to.f32) std::memcpy(to.f32 + to_row * to.ld + begin, row + begin, (end - begin) * sizeof(float));
+  const GroupStep along{kGroup, kGroup, 1};
+  const int groups = n / kGroup, rest = n % kGroup;
+  for (int r = 0; r < rows; r++, x += ld, q += ld_q, meta += ld_meta) {
+    for (int g = 0; g < groups; g += 16)
+      quantise_some(x + g * kGroup, q + g * kGroup, meta + g, along, groups - g < 16 ? groups - g : 16);
+    if (rest == 0) continue;
+    alignas(64) float padded[kGroup] = {};
+    std::memcpy(padded, x + groups * kGroup, rest * sizeof(float));
+    quantise_some(padded, q + groups * kGroup, meta + groups, along, 1);
+  }
+}
+
+inline void prepare(const float* x, size_t ld, int rows, int begin, int end, const Activations& to, int to_row) {
+  if (to.q)
+    quantise(x, ld, rows, end - begin, to.q + to_row * to.ld + begin, to.ld, to.meta + to_row * to.ld_meta + begin / kGroup, to.ld_meta);
+  for (int r = 0; r < rows; r++, x += ld, to_row++) {
+    if (to.bf16) {
+      uint16_t* out = to.bf16 + to_row * to.ld;
+      int i = begin;
+      for (; i + 16 <= end; i += 16) store_bf16(out + i, load(x + i - begin));
+      for (; i < end; i++) out[i] = float_to_bf16(x[i - begin]);
+      if (end % 2) out[end] = 0;
+    }
+    if (to.f32) std::memcpy(to.f32 + to_row * to.ld + begin, x, (end - begin) * sizeof(float));
+  }
 }
 
 inline void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {
@@ -111,6 +147,12 @@ inline void argmax(const float* x, int n, int base, float* best, int* index) {
         *index = base + j;
       }
   }
+}
+
+inline float greatest(const float* x, int n) {
+  vf top = load(x);
+  for (int i = 16; i < n; i += 16) top = max(top, load(x + i));
+  return hmax(top);
 }
 
 inline void integer_weights(const float* z, int n, double top, double scale, uint64_t* w) {

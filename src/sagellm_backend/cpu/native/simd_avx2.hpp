@@ -9,6 +9,7 @@ namespace sage::SAGE_ISA {
 
 constexpr int kRowTile = 2;   // 2 rows × 32 outputs: 8 integer accumulators of 16 registers
 constexpr int kLaneTile = 2;  // query vectors of one attention tile
+constexpr int kSums = 4;      // sums of an attention tile, two registers each
 #ifdef __AVXVNNI__
 constexpr int kBias8 = -128;
 #else
@@ -80,6 +81,7 @@ inline void store_i8(int8_t* p, vi x) {
   const __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
   _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
 }
+#include "simd_fours.inl"
 inline __m256i bf16_bits(__m256 x) {
   const __m256i u = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
@@ -101,6 +103,10 @@ inline __m256 pow2_half(__m256 x, __m256 n) {
   return _mm256_mul_ps(_mm256_mul_ps(x, f), g);
 }
 inline vf scale_pow2(vf x, vf n) { return {pow2_half(x.a, n.a), pow2_half(x.b, n.b)}; }
+inline vf round_down(vf x) { return {_mm256_floor_ps(x.a), _mm256_floor_ps(x.b)}; }
+inline vf fraction(vf x) { return sub(x, round_down(x)); }
+// p · 2^floor(x)
+inline vf scale_floor(vf p, vf x) { return scale_pow2(p, round_down(max(x, set1(-200.0f)))); }
 inline __m256 keep_half(__m256 x, int base, int low, int high, __m256 y) {
   const __m256i index = _mm256_add_epi32(_mm256_set1_epi32(base), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   const __m256i out = _mm256_or_si256(_mm256_cmpgt_epi32(index, _mm256_set1_epi32(high)),

@@ -9,6 +9,7 @@ namespace sage::SAGE_ISA {
 
 constexpr int kRowTile = 6;        // 6 rows × 32 outputs: 24 accumulators of 32 registers
 constexpr int kLaneTile = 8;       // query vectors of one attention tile
+constexpr int kSums = 16;          // sums of an attention tile: as many more registers hold what is added
 constexpr int kBias8 = -128;       // zero8 is this times the sum of a group
 
 using vf = __m512;
@@ -41,9 +42,37 @@ inline vf load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 inline void store_i8(int8_t* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
+// a, b to the 32 bytes at p, c, d to those at q; values fit 8 bits
+inline void store_i8(int8_t* p, int8_t* q, vi a, vi b, vi c, vi d) {
+  // packs work on 128-bit quarters: four bytes of a, b, c, d in turn
+  const __m512i mixed = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i sorted = _mm512_permutexvar_epi32(order, mixed);
+  _mm256_storeu_si256((__m256i*)p, _mm512_castsi512_si256(sorted));
+  _mm256_storeu_si256((__m256i*)q, _mm512_extracti64x4_epi64(sorted, 1));
+}
+// Of four vectors the greatest lane, and the sum of lanes.
+inline void hmax4(const vf (&m)[4], float* out) {
+  const vf s = max(_mm512_unpacklo_ps(m[0], m[1]), _mm512_unpackhi_ps(m[0], m[1]));
+  const vf t = max(_mm512_unpacklo_ps(m[2], m[3]), _mm512_unpackhi_ps(m[2], m[3]));
+  const __m512d u = _mm512_castps_pd(s), v = _mm512_castps_pd(t);
+  const vf w = max(_mm512_castpd_ps(_mm512_unpacklo_pd(u, v)), _mm512_castpd_ps(_mm512_unpackhi_pd(u, v)));
+  const __m256 x = _mm256_max_ps(_mm512_castps512_ps256(w), _mm512_extractf32x8_ps(w, 1));
+  _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+}
+inline void hsum4(const vi (&a)[4], int32_t* out) {
+  const vi s = addi(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
+  const vi t = addi(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
+  const vi w = addi(_mm512_unpacklo_epi64(s, t), _mm512_unpackhi_epi64(s, t));
+  const __m256i x = _mm256_add_epi32(_mm512_castsi512_si256(w), _mm512_extracti64x4_epi64(w, 1));
+  _mm_storeu_si128((__m128i*)out, _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+}
 inline vf round_even(vf a) { return _mm512_roundscale_ps(a, 0); }
 // x · 2^n for integral n
 inline vf scale_pow2(vf x, vf n) { return _mm512_scalef_ps(x, n); }
+inline vf fraction(vf x) { return _mm512_reduce_ps(x, 9); }  // x - floor(x)
+// p · 2^floor(x)
+inline vf scale_floor(vf p, vf x) { return _mm512_scalef_ps(p, x); }
 // Lanes whose index base + lane lies in [low, high] keep x, the others become y.
 inline vf keep_range(vf x, int base, int low, int high, vf y) {
   const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(base),

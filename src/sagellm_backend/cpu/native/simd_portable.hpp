@@ -9,6 +9,7 @@ namespace sage::SAGE_ISA {
 
 constexpr int kRowTile = 1;
 constexpr int kLaneTile = 1;
+constexpr int kSums = 1;
 constexpr int kBias8 = 0;
 
 struct vf {
@@ -68,11 +69,14 @@ inline vf load_bf16(const uint16_t* p) { SAGE_LANES(vf, bf16_to_float(p[i])); }
 inline void store_i8(int8_t* p, vi x) {
   for (int i = 0; i < 16; i++) p[i] = static_cast<int8_t>(x.v[i]);
 }
+#include "simd_fours.inl"
 inline void store_bf16(uint16_t* p, vf x) {
   for (int i = 0; i < 16; i++) p[i] = float_to_bf16(x.v[i]);
 }
 inline vf round_even(vf x) { SAGE_LANES(vf, std::nearbyint(x.v[i])); }
 inline vf scale_pow2(vf x, vf n) { SAGE_LANES(vf, std::ldexp(x.v[i], round_one(n.v[i]))); }
+inline vf fraction(vf x) { SAGE_LANES(vf, x.v[i] - std::floor(x.v[i])); }
+inline vf scale_floor(vf p, vf x) { SAGE_LANES(vf, std::ldexp(p.v[i], round_one(std::floor(std::fmax(x.v[i], -200.0f))))); }
 inline vf keep_range(vf x, int base, int low, int high, vf y) {
   SAGE_LANES(vf, base + i >= low && base + i <= high ? x.v[i] : y.v[i]);
 }
