@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sagellm.asgi import AsgiApp
     from sagellm_control_plane.live.follower import FollowerDriver
     from sagellm_control_plane.live.lifecycle import EngineSpec, LifecycleDriver
+    from sagellm_control_plane.live.process_driver import ProcessDriver
     from sagellm_control_plane.manager import ControlPlaneManager
     from sagellm_core.config import EngineConfig
     from sagellm_gateway.config import GatewayConfig
@@ -157,12 +158,17 @@ class House:
     """A control plane with its engines, and the application over it."""
 
     def __init__(
-        self, manager: ControlPlaneManager, models: Sequence[str], gateway: GatewayConfig | None = None
+        self,
+        manager: ControlPlaneManager,
+        models: Sequence[str],
+        gateway: GatewayConfig | None = None,
+        driver: ProcessDriver | None = None,
     ) -> None:
         self.manager = manager
         self.models = list(models)
         self.engines: list[EngineClient] = []
         self._config = gateway
+        self._driver = driver
         self._gateway: Gateway | None = None
 
     def app(self) -> AsgiApp:
@@ -215,6 +221,11 @@ class House:
         info = await self.manager.request_engine_startup(model_id, engine_id=engine_id)
         client = self.manager.get_engine_info(engine_id)
         return f"{engine_id}: {info.model_id}, pid {client.pid}"
+
+    def drop_begun(self) -> None:
+        """End the engines that were begun for a control plane that never started them. Idempotent."""
+        if self._driver is not None:
+            self._driver.drop_begun()
 
     async def close(self) -> None:
         """Stop the control plane and all engines."""
@@ -282,9 +293,10 @@ def build_server(
     *,
     remember: bool = False,
     keep_alive_s: float = 0.0,
+    begin: Sequence[tuple[str, str]] = (),
     **policy: Any,
 ) -> House:
-    """Return a house whose engines will run in processes of their own; nothing is started yet.
+    """Return a house whose engines will run in processes of their own.
 
     Args:
         configs: of the engines that will be started.
@@ -293,20 +305,22 @@ def build_server(
         remember: note engines beside the gateway's state, one file for each port, so that after a kill -9 the next server on the
             port takes them over. Without it, or without state, they end with this process.
         keep_alive_s: idle seconds after which an engine unloads its model; 0 is never.
+        begin: (model, engine id) of engines that load from now on, beside everything else that a start does; `House.start_engine`
+            then finds them under way, and `House.drop_begun` ends them if it never comes to that.
         policy: of the control plane.
     """
     from sagellm_control_plane.live.process_driver import ProcessDriver
     from sagellm_control_plane.live.store import Store
-    from sagellm_control_plane.manager import ControlPlaneManager
 
     known = None
     if remember and gateway.state_path is not None:
         known = Store(Path(gateway.state_path).with_name(f"engines-{gateway.port}.sqlite"))
-    manager = ControlPlaneManager(
-        mode="http",
-        driver=ProcessDriver(partial(engine_argv, keep_alive_s=keep_alive_s), store=known),
-        catalog=StoreCatalog(configs, changes),
-        store=known,
-        **policy,
-    )
-    return House(manager, [config.served_id for config in configs], gateway)
+    driver = ProcessDriver(partial(engine_argv, keep_alive_s=keep_alive_s), store=known)
+    catalog = StoreCatalog(configs, changes)
+    for model_id, engine_id in begin:
+        driver.begin(catalog.engine_spec(model_id, engine_id, {}))
+
+    from sagellm_control_plane.manager import ControlPlaneManager  # after the engines: they load while we import
+
+    manager = ControlPlaneManager(mode="http", driver=driver, catalog=catalog, store=known, **policy)
+    return House(manager, [config.served_id for config in configs], gateway, driver)

@@ -6,7 +6,6 @@ Nothing is imported before it is asked for.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import entry_points
 
 from sagellm_backend.base import Backend
 from sagellm_protocol.errors import InvalidArgumentError
@@ -25,6 +24,8 @@ _BUILT_IN = {
 
 def known() -> dict[str, str]:
     """Name -> ``module:class`` of every backend, our own first; an installed one cannot take a name of ours."""
+    from importlib.metadata import entry_points
+
     installed = {point.name: point.value for point in sorted(entry_points(group=GROUP))}
     return {**_BUILT_IN, **{name: value for name, value in installed.items() if name not in _BUILT_IN}}
 
@@ -48,11 +49,11 @@ def load(name: str) -> Backend:
     Raises:
         InvalidArgumentError: there is no backend of that name, or its package does not import or is no backend.
     """
-    places = known()
-    place = places.get(name)
+    # An installed backend cannot take a name of ours, so ours need no look through all that is installed.
+    place = _BUILT_IN.get(name) or known().get(name)
     if place is None:
         raise InvalidArgumentError(
-            f"backend {name!r} is unknown: use auto or one of {', '.join(sorted(places))}", param="backend"
+            f"backend {name!r} is unknown: use auto or one of {', '.join(sorted(known()))}", param="backend"
         )
     module, _, attribute = place.partition(":")
     try:

@@ -18,13 +18,13 @@ import msgspec
 
 from sagellm_core.grammar_worker import CheckWorker
 from sagellm_core.masks import MaskFiller, Masks
-from sagellm_core.text.tokenizer import TextTokenizer
-from sagellm_core.text.tool_prompt import JSON_STYLE
 from sagellm_protocol.errors import InvalidArgumentError, SageError, UnavailableError
 from sagellm_protocol.sampling import GrammarSpec
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+
+    from sagellm_core.text.tokenizer import TextTokenizer
 
 __all__ = ["GrammarConstraint", "GrammarLimits", "LLGuidanceCompiler", "grammar_text"]
 
@@ -75,6 +75,8 @@ def grammar_text(spec: GrammarSpec) -> str:
 
 
 def _options() -> Any:
+    from sagellm_core.text.tool_prompt import JSON_STYLE
+
     return dict(JSON_STYLE)
 
 

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from starlette.applications import Starlette
 
 from sagellm_gateway.config import GatewayConfig
-from sagellm_gateway.uvicorn_server import GatewayServer, bind, server_of
+from sagellm_gateway.listen import bind
+from sagellm_gateway.uvicorn_server import GatewayServer, server_of
 
 __all__ = ["Running", "running"]
 

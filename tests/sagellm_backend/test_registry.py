@@ -26,7 +26,7 @@ class Missing(ReferenceBackend):
 
 def install(monkeypatch: pytest.MonkeyPatch, **places: str) -> None:
     points = EntryPoints(EntryPoint(name, place, registry.GROUP) for name, place in places.items())
-    monkeypatch.setattr(registry, "entry_points", lambda group: points.select(group=group))
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points.select(group=group))
 
 
 def test_built_in_backends_need_no_installation(monkeypatch: pytest.MonkeyPatch) -> None:

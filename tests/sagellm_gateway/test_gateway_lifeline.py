@@ -13,9 +13,9 @@ import pytest
 
 from sagellm_gateway.config import GatewayConfig, Limits, Timeouts
 from sagellm_gateway.guard import Guard
+from sagellm_gateway.listen import bind
 from sagellm_gateway.server import create_app
 from sagellm_gateway.testing import running
-from sagellm_gateway.uvicorn_server import bind
 from sagellm_protocol.generation import ChoiceDelta, GenerationStart
 
 

@@ -81,7 +81,7 @@ def serve_until_stopped(options: ServeOptions) -> None:
 
     from sagellm import compose
     from sagellm_gateway.config import GatewayConfig
-    from sagellm_gateway.uvicorn_server import bind, refuse_open_door, server_of
+    from sagellm_gateway.listen import bind
 
     configs = options.configs()
     sock = bind(options.host, options.port)
@@ -101,25 +101,38 @@ def serve_until_stopped(options: ServeOptions) -> None:
         options.changes,
         remember=options.port != 0,
         keep_alive_s=options.keep_alive_s,
+        begin=[
+            (c.served_id, engine_name(c.served_id, k, options.engines)) for c in configs for k in range(options.engines)
+        ],
         scheduling_policy=options.policy,
         **options.control,
     )
     start = _Start(house, configs, options.engines, url, began)
+    try:
+        _serve(house, start, gateway, sock)
+    finally:
+        house.drop_begun()
+    if start.failure is not None:
+        raise SystemExit(f"error: {describe(start.failure)}")
+    say("stopped", "")
+
+
+def _serve(house: House, start: _Start, gateway: GatewayConfig, sock: socket.socket) -> None:
+    from sagellm_gateway.listen import refuse_open_door
+    from sagellm_gateway.uvicorn_server import server_of
+
     app = house.server_app(start.lifespan)
     refuse_open_door(app.state.gateway, gateway)
     start.server = server_of(app, gateway)
     say("isagellm", f"{__version__}, pid {os.getpid()}")
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how one stops a server
         start.server.run(sockets=[sock])
-    if start.failure is not None:
-        raise SystemExit(f"error: {describe(start.failure)}")
-    say("stopped", "")
 
 
 def _supervise(options: ServeOptions, gateway: GatewayConfig, sock: socket.socket, url: str) -> None:
     from sagellm import compose
     from sagellm.cli.workers import Supervisor
-    from sagellm_gateway.uvicorn_server import refuse_open_door
+    from sagellm_gateway.listen import refuse_open_door
 
     # An application that serves nobody: it knows the keys, and whether this address may be open.
     house = compose.build_worker([], gateway, None, {})
@@ -148,6 +161,15 @@ def announce(url: str, began: float, keys: str, configs: list[EngineConfig]) -> 
 def _curl(url: str, model: str) -> str:
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France? Answer in one sentence."}}], "temperature": 0}}'
     return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+
+
+def trim_heap() -> None:
+    """Give back to the system what loading tokenizers has freed: some 10 MB that malloc would keep. Does nothing without glibc."""
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class _Start:
@@ -188,6 +210,7 @@ class _Start:
             return
         calm_collector()
         self.house.set_ready(True)
+        trim_heap()
         announce(self.url, self.began, self.house.key_state(), self.configs)
 
     async def _start_engine(self, config: EngineConfig, k: int) -> None:

@@ -9,7 +9,26 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 
-__all__ = ["Child", "describe_exit"]
+__all__ = ["Child", "describe_exit", "execute"]
+
+
+def execute(
+    argv: Sequence[str], *, log_fd: int, pass_fds: Sequence[int], environ: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start `argv` in a session of its own; what it writes goes to `log_fd`; `environ` is added to ours.
+
+    Raises:
+        OSError: it cannot be executed.
+    """
+    return subprocess.Popen(
+        list(argv),
+        stdin=subprocess.DEVNULL,
+        stdout=log_fd,
+        stderr=log_fd,
+        pass_fds=list(pass_fds),
+        start_new_session=True,
+        env={**os.environ, **(environ or {})},
+    )
 
 
 class Child:
@@ -27,22 +46,12 @@ class Child:
     def spawn(
         cls, argv: Sequence[str], *, log_fd: int, pass_fds: Sequence[int], environ: Mapping[str, str] | None = None
     ) -> Child:
-        """Start `argv`; what it writes goes to `log_fd`; `environ` is added to ours. Needs a running event loop.
+        """Start `argv` as `execute` does. Needs a running event loop.
 
         Raises:
             OSError: it cannot be executed.
         """
-        return cls(
-            subprocess.Popen(
-                list(argv),
-                stdin=subprocess.DEVNULL,
-                stdout=log_fd,
-                stderr=log_fd,
-                pass_fds=list(pass_fds),
-                start_new_session=True,
-                env={**os.environ, **(environ or {})},
-            )
-        )
+        return cls(execute(argv, log_fd=log_fd, pass_fds=pass_fds, environ=environ))
 
     @property
     def pid(self) -> int:

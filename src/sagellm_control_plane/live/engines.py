@@ -63,6 +63,7 @@ class Engines:
         self._client_factory = client_factory
         self._restart = restart
         self._chat_models: dict[str, ChatModel | EmbeddingModel] = {}
+        self._text_sides: dict[str, asyncio.Task[None]] = {}
         self._serial = 0
         self._recovered: dict[str, Engine] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -243,10 +244,13 @@ class Engines:
         return (await self._start(spec, driver, catalog)).info
 
     async def _start(self, spec: EngineSpec, driver: LifecycleDriver, catalog: ModelCatalog) -> Engine:
-        engine = await self._expect(spec, catalog)
+        engine = self._expect(spec)
         engine_id = spec.engine_id
+        # The text side loads while the engine does; whoever is told first that the engine answers waits for it.
+        text_side = self._text_side_of(spec.model_id, catalog)
         try:
             client = await driver.start_engine(spec, self)
+            await asyncio.shield(text_side)
             if engine.description is None:
                 engine.description = await client.describe()
             engine.info.engine_kind = engine.description.kind
@@ -260,19 +264,31 @@ class Engines:
         self._book.note(engine.info, spec)
         return engine
 
-    async def _expect(self, spec: EngineSpec, catalog: ModelCatalog) -> Engine:
+    def _expect(self, spec: EngineSpec) -> Engine:
         """Register an engine that is about to start, or that was found running."""
         info = self._info(spec.engine_id, spec.model_id, spec.kind, {})
         info.managed = True
         engine = Engine(info, spec=spec)
         self._registry.add(engine)
-        try:
-            if spec.model_id not in self._chat_models:
-                self._chat_models[spec.model_id] = await asyncio.to_thread(catalog.chat_model, spec.model_id)
-        except (SageError, asyncio.CancelledError):
-            self._dispatcher.forget(spec.engine_id)
-            raise
         return engine
+
+    def _text_side_of(self, model_id: str, catalog: ModelCatalog) -> asyncio.Task[None]:
+        """Load the text side of a model unless it is there; engines of one model share the task."""
+
+        async def load() -> None:
+            if model_id not in self._chat_models:
+                self._chat_models[model_id] = await asyncio.to_thread(catalog.chat_model, model_id)
+
+        task = self._text_sides.get(model_id)
+        if task is None:
+            task = self._text_sides[model_id] = asyncio.get_running_loop().create_task(load())
+            task.add_done_callback(lambda ended: self._text_side_ended(model_id, ended))
+        return task
+
+    def _text_side_ended(self, model_id: str, task: asyncio.Task[None]) -> None:
+        del self._text_sides[model_id]
+        if not task.cancelled():
+            task.exception()  # seen: the start that asked may have failed before it looked
 
     async def recover(self) -> None:
         """Take over the engines of a control plane on the same store that was killed; bring back those that have ended."""
@@ -282,7 +298,13 @@ class Engines:
 
         async def found(spec: EngineSpec) -> None:
             assert catalog is not None
-            self._recovered[spec.engine_id] = await self._expect(spec, catalog)
+            engine = self._expect(spec)
+            try:
+                await asyncio.shield(self._text_side_of(spec.model_id, catalog))
+            except (SageError, asyncio.CancelledError):
+                self._dispatcher.forget(spec.engine_id)
+                raise
+            self._recovered[spec.engine_id] = engine
 
         async def start(spec: EngineSpec) -> None:
             self._recovered[spec.engine_id] = await self._start(spec, *self._need_driver())
@@ -334,7 +356,10 @@ class Engines:
             self._dispatcher.engine_died(engine.info.engine_id, error.message, restarting=True)
             return
         await self.prepare(engine, client)
-        if self._registry.find(engine.info.engine_id) is engine:
+        loading = self._text_sides.get(engine.info.model_id)
+        if loading is not None:
+            await asyncio.wait([loading])
+        if self._registry.find(engine.info.engine_id) is engine and self.serves(engine.info.model_id):
             self._ready(engine, client)
 
     def _ready(self, engine: Engine, client: EngineClient) -> None:

@@ -68,6 +68,21 @@ class ProcessDriver:
         """Return every engine that was started, also those that have ended."""
         return [engine.info() for engine in self._engines.values()]
 
+    def begin(self, spec: EngineSpec) -> None:
+        """Execute an engine for the `start_engine` that will come, so that it loads while its control plane is being made.
+
+        Needs no event loop. Nothing is done where `adopt` may find engines of an earlier driver.
+
+        Raises:
+            UnavailableError: it cannot be executed.
+        """
+        if self._launcher.has_begun or not self._store.processes():
+            self._launcher.begin(spec, self._log_of(spec.engine_id))
+
+    def drop_begun(self) -> None:
+        """End what was begun and never started. Idempotent."""
+        self._launcher.drop_begun()
+
     async def start_engine(self, spec: EngineSpec, listener: LifecycleListener) -> EngineClient:
         """Start an engine and wait until it answers.
 
@@ -196,6 +211,7 @@ class ProcessDriver:
 
     async def close(self) -> None:
         """Stop all engines."""
+        self.drop_begun()
         await asyncio.gather(*(self.stop_engine(engine_id) for engine_id in list(self._engines)))
         if self._rotator is not None:
             self._rotator.cancel()

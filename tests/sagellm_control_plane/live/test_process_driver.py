@@ -94,7 +94,7 @@ async def test_start_serve_stop(driver):
     client = await driver.start_engine(spec(), listener)
     engine_id, announced, pid = listener.ready.get_nowait()
     assert (engine_id, announced) == ("e", client)
-    assert await tokens(client) == [101, 102, 103, 104, 105]
+    assert len(await tokens(client)) == 5
     (info,) = driver.processes()
     assert (info.state, info.pid) == (ProcessState.READY, pid)
     await driver.stop_engine("e")
@@ -367,7 +367,7 @@ async def test_orphans_are_adopted(options, tmp_path):
     assert [s.engine_id for s in await driver.adopt(listener)] == ["e"]
     engine_id, client, announced = listener.ready.get_nowait()
     assert (engine_id, announced, driver.processes()[0].state) == ("e", pid, ProcessState.READY)
-    assert await tokens(client) == [101, 102, 103, 104, 105]
+    assert len(await tokens(client)) == 5
     assert store.processes()[0].owner == own_identity()
     assert "building the engine" in driver.logs("e")[0]
     os.kill(pid, signal.SIGKILL)
@@ -448,7 +448,7 @@ async def test_engine_on_tcp(driver, options):
     listener = Listener()
     tcp = msgspec.structs.replace(spec(), listen="tcp")
     client = await driver.start_engine(tcp, listener)
-    assert await tokens(client) == [101, 102, 103, 104, 105]
+    assert len(await tokens(client)) == 5
     (info,) = driver.processes()
     assert info.address.startswith("tcp://127.0.0.1:89")
     (reservation,) = driver._store.reservations()
@@ -524,3 +524,68 @@ def test_log_of_nobody(tmp_path):
     log = EngineLog(tmp_path / "none.log", max_bytes=100)
     assert log.tail(10) == []
     assert log.last_words() == ""
+
+
+async def test_an_engine_that_was_begun_is_the_one_that_starts(options, tmp_path):
+    """What was begun before the event loop is taken by the start with the same configuration: one process, noted once."""
+    store = Store(tmp_path / "engines.sqlite")
+    driver = ProcessDriver(argv, options, store=store)
+    driver.begin(spec())
+    (record,) = store.processes()
+    listener = Listener()
+    client = await driver.start_engine(msgspec.structs.replace(spec(), restart=RestartPolicy()), listener)
+    assert listener.ready.get_nowait()[2] == record.pid
+    assert len(await tokens(client)) == 5
+    await driver.close()
+    assert not alive(record.pid)
+    assert store.processes() == []
+
+
+async def test_an_engine_that_was_begun_otherwise_gives_way(options):
+    """A start with another configuration ends what was begun and starts its own."""
+    driver = ProcessDriver(argv, options)
+    driver.begin(spec(step_s=0.5))
+    (begun,) = driver._store.processes()
+    listener = Listener()
+    await driver.start_engine(spec(), listener)
+    assert listener.ready.get_nowait()[2] != begun.pid
+    assert not alive(begun.pid)
+    await driver.close()
+
+
+@pytest.mark.parametrize("how", ["drop", "close"])
+async def test_an_engine_that_was_begun_in_vain_is_ended(options, how):
+    """What was begun and never started leaves no process, no note and no socket."""
+    driver = ProcessDriver(argv, options)
+    driver.begin(spec())
+    (record,) = driver._store.processes()
+    if how == "close":
+        await driver.close()
+    else:
+        driver.drop_begun()
+    assert not alive(record.pid)
+    assert driver._store.processes() == []
+    assert list(options.run_dir.iterdir()) == []
+
+
+async def test_a_begun_engine_that_cannot_load_says_why(options):
+    """An engine that ended before it was started reports its own error at the start."""
+    driver = ProcessDriver(argv, options)
+    driver.begin(spec(bad_model=True))
+    with pytest.raises(ModelFileError):
+        await driver.start_engine(spec(bad_model=True), Listener())
+    await driver.close()
+
+
+def test_nothing_is_begun_beside_engines_to_adopt(options, tmp_path):
+    """Where an earlier driver's engines may live on, a start waits for `adopt`."""
+    store = Store(tmp_path / "engines.sqlite")
+    before = ProcessRecord(
+        engine_id="e", pid=os.getpid(), identity=own_identity(), address="", token="", started_at=0.0, owner="gone", spec=spec()
+    )  # fmt: skip
+    store.put_process(before)
+    driver = ProcessDriver(argv, options, store=store)
+    driver.begin(spec())
+    assert [record.pid for record in store.processes()] == [os.getpid()]
+    driver.drop_begun()
+    assert len(store.processes()) == 1
