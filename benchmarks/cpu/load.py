@@ -61,8 +61,11 @@ async def _run(url: str, bodies: list[bytes]) -> tuple[float, list[StreamTimes]]
     return time.perf_counter() - began, times
 
 
-def run_streams(base_url: str, model: str, prompts: list[list[int]], n: int) -> dict:
-    """Send all `prompts` at once to ``/v1/completions`` as streams of `n` tokens; return total seconds, tokens, times to first token."""
+def run_streams(base_url: str, model: str, prompts: list[list[int]], n: int, *, reuse: bool = False) -> dict:
+    """Send all `prompts` at once to ``/v1/completions`` as streams of `n` tokens; return total seconds, tokens, times to first token.
+
+    `reuse` lets llama.cpp, which has to be told, keep a prompt for the next request.
+    """
     bodies = [
         json.dumps(
             {
@@ -72,7 +75,7 @@ def run_streams(base_url: str, model: str, prompts: list[list[int]], n: int) -> 
                 "temperature": 0,
                 "ignore_eos": True,
                 "stream": True,
-                "cache_prompt": False,
+                "cache_prompt": reuse,
             }
         ).encode()
         for prompt in prompts

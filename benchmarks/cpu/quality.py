@@ -1,6 +1,6 @@
 """Divergence from float32 of our paths and of llama.cpp, on the same weights, text and positions.
 
-    python benchmarks/cpu/quality.py MODEL.gguf [--positions 200] [--threads 2]
+    python benchmarks/cpu/quality.py MODEL.gguf [--positions 400] [--threads 2]
 
 llama.cpp gives the log-probabilities of its likeliest `TOP` tokens; everything else counts as one more outcome, for all paths alike,
 so the divergences (and top-1 agreement) are comparable with each other; they are lower bounds of the full ones.
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import peers
+from report import kl_table
 
 from sagellm.bench.quality import QualityPath, shipped_text
 from sagellm_backend.auto import pick
@@ -26,6 +28,7 @@ from sagellm_core.text.load import load_tokenizer
 from sagellm_protocol.sampling import SamplingParams
 
 TOP = 256
+POSITIONS = 400
 FIRST = 64
 CHUNK = 64
 
@@ -63,7 +66,6 @@ def ours(model: Path, ids: list[int], positions: list[int], path: QualityPath | 
 
 def llamacpp(model: Path, ids: list[int], positions: list[int], threads: int) -> list[dict[int, float]]:
     """Token -> log-probability for each position."""
-    peers.install("llama.cpp")
     job = {"model": str(model), "threads": threads, "ids": ids, "positions": positions, "top": TOP}
     done = subprocess.run(
         [str(peers.python_of("llama.cpp")), str(Path(__file__).with_name("llamacpp_logprobs.py"))],
@@ -81,34 +83,44 @@ def bucketed(logprobs: np.ndarray) -> np.ndarray:
     return np.append(logprobs, np.log(rest))
 
 
-def report(label: str, mine: list[np.ndarray], theirs: list[np.ndarray]) -> None:
-    """Print one row."""
+def measures(name: str, mine: list[np.ndarray], theirs: list[np.ndarray]) -> dict:
+    """Return one row: mean divergence of `mine` from `theirs`, its 99th percentile, agreement on the likeliest token."""
     divergence = [float((np.exp(q) * (q - p)).sum()) for p, q in zip(mine, theirs, strict=True)]
     agreed = np.mean([p[:-1].argmax() == q[:-1].argmax() for p, q in zip(mine, theirs, strict=True)])
-    print(f"| {label} | {np.mean(divergence):.5f} | {np.quantile(divergence, 0.99):.4f} | {agreed:.1%} |")
+    return {
+        "name": name,
+        "kl": float(np.mean(divergence)),
+        "kl_p99": float(np.quantile(divergence, 0.99)),
+        "top1": float(agreed),
+    }
+
+
+def compare(model: Path, count: int, threads: int) -> dict:
+    """Return the divergence of llama.cpp and of our paths from float32 on the file's own values, at `count` positions."""
+    peers.install("llama.cpp")
+    ids = load_tokenizer(model).encode(shipped_text())[: FIRST + count]
+    positions = list(range(FIRST, len(ids)))
+    peer = llamacpp(model, ids, positions, threads)
+    keys = [np.array(sorted(row)) for row in peer]
+    exact = [bucketed(row[k]) for row, k in zip(ours(model, ids, positions, None, threads), keys, strict=True)]
+    theirs = [bucketed(np.array([row[int(t)] for t in k])) for row, k in zip(peer, keys, strict=True)]
+    paths = [measures("llama.cpp", theirs, exact)]
+    for path in (QualityPath(), QualityPath("q8"), QualityPath("bf16")):
+        rows = ours(model, ids, positions, path, threads)
+        mine = [bucketed(row[k]) for row, k in zip(rows, keys, strict=True)]
+        paths.append(measures(f"isagellm --quant {path.quant}", mine, exact))
+    title = f"{model.name}, {len(positions)} positions: KL from float32 over the {TOP} likeliest tokens and the rest"
+    return {"title": title, "paths": paths}
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--positions", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--positions", type=int, default=POSITIONS)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
-    ids = load_tokenizer(options.model).encode(shipped_text())[: FIRST + options.positions]
-    positions = list(range(FIRST, len(ids)))
-    peer = llamacpp(options.model, ids, positions, options.threads)
-    keys = [np.array(sorted(row)) for row in peer]
-    reference = ours(options.model, ids, positions, None, options.threads)
-    exact = [bucketed(row[k]) for row, k in zip(reference, keys, strict=True)]
-    print(f"{options.model.name}, {len(positions)} positions, KL from float32 over the {TOP} likeliest and the rest\n")
-    print("| path | KL | KL p99 | top-1 |\n|---|---|---|---|")
-    report(
-        "llama.cpp", [bucketed(np.array([row[int(t)] for t in k])) for row, k in zip(peer, keys, strict=True)], exact
-    )
-    for path in (QualityPath(), QualityPath("q8"), QualityPath("bf16")):
-        rows = ours(options.model, ids, positions, path, options.threads)
-        report(f"isagellm {path.quant}", [bucketed(row[k]) for row, k in zip(rows, keys, strict=True)], exact)
+    print("\n".join(kl_table(compare(options.model, options.positions, options.threads))))
 
 
 if __name__ == "__main__":

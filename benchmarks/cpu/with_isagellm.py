@@ -1,10 +1,9 @@
 """isagellm in process, through the engine that `sage-llm serve` runs.
 
-Speaks the harness' line protocol: one JSON object a line on stdin and stdout (see run.py).
+Speaks the harness' line protocol: one JSON object a line on stdin and stdout (see contenders.py).
 """
 
 import json
-import resource
 import sys
 import time
 
@@ -28,9 +27,7 @@ def main() -> None:
     say(ready=True, load_s=time.perf_counter() - started, weight_bytes=engine.describe().weight_bytes)
     for number, line in enumerate(sys.stdin):
         command = json.loads(line)
-        if command["op"] == "rss":
-            say(rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        elif command["op"] == "limits":
+        if command["op"] == "limits":
             from sagellm_backend.cpu.limits import measure_limits
 
             limits = measure_limits(options["threads"])

@@ -1,10 +1,9 @@
 """llama.cpp (xllamacpp's prebuilt wheel): its own HTTP server, and single requests in process. Runs in the peer's environment.
 
-Speaks the harness' line protocol: one JSON object a line on stdin and stdout (see ../run.py).
+Speaks the harness' line protocol: one JSON object a line on stdin and stdout (see contenders.py).
 """
 
 import json
-import resource
 import sys
 import time
 
@@ -31,10 +30,7 @@ def main() -> None:
     say(ready=True, load_s=time.perf_counter() - started, url=server.listening_address)
     for line in sys.stdin:
         command = json.loads(line)
-        if command["op"] == "rss":
-            say(rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        else:
-            say(**complete(server, command["prompt"], command["n"]))
+        say(**complete(server, command["prompt"], command["n"]))
 
 
 def complete(server: xllamacpp.Server, prompt: list[int], n: int) -> dict:

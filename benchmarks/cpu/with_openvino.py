@@ -1,10 +1,9 @@
 """OpenVINO GenAI's continuous batching pipeline, in process, on the GGUF file. Runs in the peer's environment.
 
-Speaks the harness' line protocol: one JSON object a line on stdin and stdout (see ../run.py).
+Speaks the harness' line protocol: one JSON object a line on stdin and stdout (see contenders.py).
 """
 
 import json
-import resource
 import sys
 import time
 
@@ -28,10 +27,7 @@ def main() -> None:
     say(ready=True, load_s=time.perf_counter() - started)
     for line in sys.stdin:
         command = json.loads(line)
-        if command["op"] == "rss":
-            say(rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        else:
-            say(**run(pipe, command.get("prompts") or [command["prompt"]], command["n"]))
+        say(**run(pipe, command.get("prompts") or [command["prompt"]], command["n"]))
 
 
 def run(pipe: genai.ContinuousBatchingPipeline, prompts: list[list[int]], n: int) -> dict:
