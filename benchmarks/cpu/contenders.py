@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import peers
 
@@ -183,14 +183,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def memory_of(pid: int) -> dict[str, float]:
-    """Return MB that a process and all below it hold now: the sum of their RSS, and the same with shared pages counted once (PSS)."""
+class Held(NamedTuple):
+    """MB of a family of processes: the sum of their RSS, and the same with shared pages counted once (PSS)."""
+
+    rss: float
+    pss: float
+
+
+def memory_of(pid: int) -> Held:
+    """Return what a process and all below it hold now."""
     rss = pss = 0
     for each in _family(pid):
         rollup = Path(f"/proc/{each}/smaps_rollup").read_text()
         rss += _kilobytes(rollup, "Rss:")
         pss += _kilobytes(rollup, "Pss:")
-    return {"rss16": rss * 1.024e-3, "pss16": pss * 1.024e-3}
+    return Held(rss * 1.024e-3, pss * 1.024e-3)
 
 
 def _family(pid: int) -> list[int]:

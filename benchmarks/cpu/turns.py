@@ -86,7 +86,7 @@ def _peer(name: str, options: dict, job: Job, rng: random.Random, streams: int) 
             out |= _over_http(session, rng, streams, job.rows)
         elif streams > 1:
             out |= _many(lambda p, n: session.ask(op="many", prompts=p, n=n), rng, streams, job.rows)
-            out |= contenders.memory_of(session.pid)
+            out |= _memory(session.pid, streams)
     finally:
         session.close()
     if streams == 1 and not session.url and "prefix" in job.rows:
@@ -130,7 +130,7 @@ def _over_http(server: Server | LineProcess, rng: random.Random, streams: int, r
         return run_streams(server.url, "bench", prompts, n, reuse=reuse)
 
     if streams > 1:
-        return _many(burst, rng, streams, rows) | contenders.memory_of(server.pid)
+        return _many(burst, rng, streams, rows) | _memory(server.pid, streams)
     out: Numbers = {}
     if "http1" in rows:
         burst(prompts(rng, 1, 32), 8)
@@ -177,6 +177,11 @@ def _prefix(burst: Burst, rng: random.Random) -> float:
         burst([shared + prompts(rng, 1, 16)[0]], 2)
         times.append(burst([shared + prompts(rng, 1, 16)[0]], 2)["ttft_s"][0])
     return 1e3 * statistics.median(times)
+
+
+def _memory(pid: int, streams: int) -> Numbers:
+    held = contenders.memory_of(pid)
+    return {f"rss{streams}": held.rss, f"pss{streams}": held.pss}
 
 
 def _limits(session: LineProcess, model: str) -> Numbers:
