@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -91,8 +90,7 @@ class AsgiResponse:
         """Tell the application that its client is gone, and wait until it is done with that."""
         self._gone.set()
         if self._task is not None:
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait([self._task])
 
 
 async def open_response(app: AsgiApp, method: str, path: str, body: bytes = b"") -> AsgiResponse:
@@ -117,5 +115,9 @@ async def open_response(app: AsgiApp, method: str, path: str, body: bytes = b"")
         "server": ("localhost", 0),
     }
     response = AsgiResponse(body)
-    await response.run(app, scope)
+    try:
+        await response.run(app, scope)
+    except BaseException:  # nobody else knows of it
+        await response.close()
+        raise
     return response

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import CancelledError
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
 
 from sagellm.async_client import AsyncUnifiedInferenceClient, Messages, with_v1
-from sagellm.results import ChatResult, CompletionResult, EmbeddingResult
+from sagellm.background import BackgroundLoop
+from sagellm.results import ChatResult, CompletionResult, Delta, EmbeddingResult
 from sagellm.streams import DeltaStream
 from sagellm.transport import RetryPolicy, Timeouts
-from sagellm_protocol.errors import UnavailableError
 
 __all__ = ["AsyncUnifiedInferenceClient", "Availability", "DeltaStream", "UnifiedInferenceClient"]
 
@@ -61,8 +59,7 @@ class UnifiedInferenceClient:
             engine=engine,
             mock=mock,
         )
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._background: BackgroundLoop | None = None
         self._starting = threading.Lock()
 
     @classmethod
@@ -143,7 +140,7 @@ class UnifiedInferenceClient:
             SageError: what the server said, or that it cannot be reached.
         """
         if stream:
-            return DeltaStream(self._call(self._async.chat(messages, stream=True, **options)), self._call)
+            return self._stream(self._async.chat(messages, stream=True, **options))
         result: ChatResult = self._call(self._async.chat(messages, **options))
         return result
 
@@ -158,7 +155,7 @@ class UnifiedInferenceClient:
             SageError: what the server said, or that it cannot be reached.
         """
         if stream:
-            return DeltaStream(self._call(self._async.generate(prompt, stream=True, **options)), self._call)
+            return self._stream(self._async.generate(prompt, stream=True, **options))
         result: CompletionResult = self._call(self._async.generate(prompt, **options))
         return result
 
@@ -206,17 +203,26 @@ class UnifiedInferenceClient:
         """Return where the client is connected, and what is served there."""
         return self._call(self._async.get_status())
 
+    def cancel(self) -> None:
+        """End every call and every step of a stream that is under way; who waits for one gets `CancelledRequestError`.
+
+        May be called from any thread, and from a signal handler.
+        """
+        background = self._background
+        if background is not None:
+            background.cancel_calls()
+
     def close(self) -> None:
         """Close connections, end an embedded engine and the background thread. Idempotent; a later call opens them again."""
         with self._starting:
-            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
-        if loop is None or thread is None:
+            background, self._background = self._background, None
+        if background is None:
             return
-        asyncio.run_coroutine_threadsafe(self._async.close(), loop).result()
-        self._async._opening = None  # bound to the loop that ends here
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+        try:
+            background.call(self._async.close())
+        finally:
+            background.close()
+            self._async._opening = None  # bound to the loop that has ended
 
     def __enter__(self) -> UnifiedInferenceClient:
         return self
@@ -227,24 +233,19 @@ class UnifiedInferenceClient:
         self.close()
 
     def __del__(self) -> None:
-        loop = self._loop if hasattr(self, "_loop") else None
-        if loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(loop.stop)
+        background = getattr(self, "_background", None)
+        if background is not None:
+            background.stop()
 
     def _call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._running_loop())
-        try:
-            return future.result()
-        except KeyboardInterrupt:
-            future.cancel()
-            raise
-        except CancelledError as error:
-            raise UnavailableError("the client was closed while the call was under way") from error
+        return self._running().call(coroutine)
 
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
+    def _stream(self, opening: Coroutine[Any, Any, AsyncIterator[Delta]]) -> DeltaStream:
+        background = self._running()
+        return DeltaStream(background.call(opening), background)
+
+    def _running(self) -> BackgroundLoop:
         with self._starting:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._loop.run_forever, name="sagellm-client", daemon=True)
-                self._thread.start()
-            return self._loop
+            if self._background is None:
+                self._background = BackgroundLoop()
+            return self._background

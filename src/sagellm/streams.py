@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
+from sagellm.background import BackgroundLoop
 from sagellm.results import Delta
 from sagellm.transport import Transport
-from sagellm_protocol.errors import UnavailableError
+from sagellm_protocol.errors import CancelledRequestError, UnavailableError
 
 __all__ = ["DeltaStream", "resuming_stream"]
 
@@ -77,13 +78,13 @@ def _without_prefix(delta: Delta, skip: str) -> tuple[Delta | None, str]:
 class DeltaStream(Iterator[Delta]):
     """A stream for code without asyncio: iterate over it; leaving the ``with`` block or `close` aborts the request.
 
-    A step runs on the client's loop while the caller waits, and Ctrl-C ends the waiting wherever it likes: the step may be
-    running, about to run, or over. So the stream knows its step, and closing first ends that, then the stream.
+    Closing works from any thread, and wherever Ctrl-C ended the waiting: a step may still run on the client's loop then, so
+    the stream knows its step, and ends that first.
     """
 
-    def __init__(self, deltas: AsyncIterator[Delta], call: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+    def __init__(self, deltas: AsyncIterator[Delta], background: BackgroundLoop) -> None:
         self._deltas = deltas
-        self._call = call
+        self._background = background
         self._step: asyncio.Task[Any] | None = None
         self._closed = False
 
@@ -94,14 +95,18 @@ class DeltaStream(Iterator[Delta]):
         if self._closed:
             raise StopIteration
         try:
-            delta = self._call(self._next())
+            delta = self._background.call(self._next())
+        except CancelledRequestError:
+            if self._closed:  # meanwhile, by another thread
+                raise StopIteration from None
+            self.close()
+            raise
         except BaseException:
             self.close()
             raise
         if delta is None:
             self._closed = True
             raise StopIteration
-        assert isinstance(delta, Delta)
         return delta
 
     async def _next(self) -> Delta | None:
@@ -112,7 +117,8 @@ class DeltaStream(Iterator[Delta]):
         """Abort the request if it has not ended. Idempotent."""
         if not self._closed:
             self._closed = True
-            self._call(self._end())
+            if not self._background.closed:
+                self._background.call(self._end())
 
     async def _end(self) -> None:
         if self._step is not None and not self._step.done():

@@ -134,7 +134,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
         terminal.wait_for(r"\(stopped\)")
         terminal.type("/show\r")
         terminal.wait_for("turns    2")
-        terminal.type("\x03")  # at the prompt: nothing happens
+        terminal.wait_for(">>>")
+        terminal.type("\x03\x03")  # at the prompt: nothing happens
+        os.kill(terminal.process.pid, signal.SIGINT)
+        terminal.type("never asked\r\x03")  # right behind Enter, where it is a key
+        terminal.wait_for(r"\(stopped\)")
+        terminal.type("/show\r")
+        terminal.wait_for("turns    2")
         terminal.type("/help\r")
         terminal.wait_for("/bye")
         assert leave(terminal) == 0
