@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from sagellm import compose
 from sagellm.asgi import AsgiApp, AsgiResponse, open_response
-from sagellm.transport import Timeouts, error_of_reply, sse_chunks
+from sagellm.transport import Place, Timeouts, error_of_reply, sse_chunks
 from sagellm_protocol.errors import DeadlineExceededError, InternalError
 
 __all__ = ["EmbeddedTransport"]
@@ -50,13 +50,15 @@ class EmbeddedTransport:
         """Send `body` and return the reply."""
         return await self._call("POST", path, json.dumps(body).encode())
 
-    async def events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """Send `body` and yield the chunks of the reply."""
+    async def events(
+        self, path: str, body: dict[str, Any], place: Place | None = None
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Send `body` and yield the chunks of the reply; no connection breaks here, so `place` stays where it is."""
         response = await open_response(self._app, "POST", _full(path), json.dumps(body).encode())
         try:
             if response.status >= 400:
                 raise _error(response, await _body(response))
-            chunks = sse_chunks(response.lines())
+            chunks = sse_chunks(response.lines(), place)
             while (chunk := await self._within(anext(chunks, None), self._timeouts.between_events)) is not None:
                 yield chunk
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -10,12 +11,12 @@ from typing import Any
 
 from sagellm.background import BackgroundLoop
 from sagellm.results import Delta
-from sagellm.transport import Transport
+from sagellm.transport import Place, Transport
 from sagellm_protocol.errors import CancelledRequestError, UnavailableError
 
 __all__ = ["DeltaStream", "resuming_stream"]
 
-_MAX_REPLAYS = 2
+_MAX_TRIES = 3
 
 
 class _ReplayDiffersError(UnavailableError):
@@ -25,37 +26,48 @@ class _ReplayDiffersError(UnavailableError):
 async def resuming_stream(transport: Transport, path: str, body: dict[str, Any]) -> AsyncGenerator[Delta, None]:
     """Yield deltas; a stream that breaks in the middle is taken up again where it stood.
 
-    The same seed gives the same tokens, so the request is sent again and what was already seen is skipped. Where the replay
-    says something else (another server that ignores seeds), or where more than one choice or a tool call is under way, the
-    break is reported instead.
+    A server of ours names its events, and goes on behind the last one: choices, reasoning and tool calls included. Another one is
+    sent the request again, and what was already seen is skipped: the same seed gives the same tokens. Where that replay says
+    something else (a server that ignores seeds), or where more than one choice or a tool call is under way, the break is
+    reported instead. So it is when the stream broke `_MAX_TRIES` times without anything new.
     """
     body = {**body, "stream": True}
     if body.get("n", 1) == 1 and body.get("temperature") != 0 and "seed" not in body:
         body["seed"] = random.getrandbits(31)
-    seen, replays = "", 0
-    resumable = body.get("n", 1) == 1
+    place, begun, seen, tries = Place(), False, "", 0
+    replayable = body.get("n", 1) == 1
     started = time.perf_counter()
     while True:
-        skip = seen
+        skip = "" if place.event_id else seen
         try:
-            async for chunk in transport.events(path, body):
-                delta = Delta(chunk, latency_ms=(time.perf_counter() - started) * 1000)
-                resumable = resumable and not delta.tool_calls
-                if skip:
-                    new, skip = _without_prefix(delta, skip)
-                    if new is None:
-                        continue
-                    delta = new
-                seen += delta.text
-                yield delta
+            async with contextlib.aclosing(transport.events(path, body, place)) as chunks:
+                async for chunk in chunks:
+                    delta = Delta(chunk, latency_ms=(time.perf_counter() - started) * 1000)
+                    replayable = replayable and not delta.tool_calls
+                    if skip:
+                        new, skip = _without_prefix(delta, skip)
+                        if new is None:
+                            continue
+                        delta = new
+                    begun, seen, tries = begun or _says_something(delta), seen + delta.text, 0
+                    yield delta
         except _ReplayDiffersError:
             raise
         except UnavailableError:
-            replays += 1
-            if not (seen and resumable) or replays > _MAX_REPLAYS:
+            tries += 1
+            if (begun and not (place.event_id or replayable)) or tries >= _MAX_TRIES:
                 raise
         else:
             return
+
+
+def _says_something(delta: Delta) -> bool:
+    """Return whether it holds more than the role, which may come twice."""
+    for choice in delta.get("choices", ()):
+        fields = choice["delta"] if "delta" in choice else {"text": choice.get("text")}
+        if any(value for name, value in fields.items() if name != "role"):
+            return True
+    return False
 
 
 def _without_prefix(delta: Delta, skip: str) -> tuple[Delta | None, str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-__all__ = ["HttpTransport", "RetryPolicy", "Timeouts", "Transport", "error_of_reply", "sse_chunks"]
+__all__ = ["HttpTransport", "Place", "RetryPolicy", "Timeouts", "Transport", "error_of_reply", "sse_chunks"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,20 @@ class RetryPolicy:
         return random.uniform(0.0, min(self.longest_s, self.first_s * 2.0**attempt))  # noqa: S311 - jitter, not a secret
 
 
+@dataclass
+class Place:
+    """Where a stream stands, in the server's own words; empty where the server gives its events no ids."""
+
+    event_id: str = ""
+
+    def headers(self, body: Mapping[str, Any]) -> dict[str, str]:
+        """Return what asks a server of ours for ids, or to go on from here."""
+        if self.event_id:
+            return {"last-event-id": self.event_id}
+        # An entry of logprobs cannot be cut in two: with them a stream is not resumed.
+        return {} if body.get("logprobs") else {"x-stream-resume": "true"}
+
+
 class Transport(Protocol):
     """JSON in, JSON out; paths are those under ``/v1``, or absolute with ``//`` for the ones beside it."""
 
@@ -89,8 +104,12 @@ class Transport(Protocol):
         """
         ...
 
-    def events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    def events(
+        self, path: str, body: dict[str, Any], place: Place | None = None
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """Send `body` and yield the chunks of the reply; closing the generator aborts the request.
+
+        With a `place`, from there on, and it follows what is yielded.
 
         Raises:
             SageError: what the server said, before or in the middle of the stream.
@@ -184,19 +203,22 @@ class HttpTransport:
             ) from error
         return reply if isinstance(reply, dict) else {"data": reply}
 
-    async def events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    async def events(
+        self, path: str, body: dict[str, Any], place: Place | None = None
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """Send `body` and yield the chunks of the reply."""
-        response = await self._retrying(lambda: self._open(path, body))
+        headers = place.headers(body) if place is not None else {}
+        response = await self._retrying(lambda: self._open(path, body, headers))
         try:
-            async with self._mapped():
-                async for chunk in sse_chunks(response.aiter_lines()):
+            async with self._mapped(), contextlib.aclosing(sse_chunks(response.aiter_lines(), place)) as chunks:
+                async for chunk in chunks:
                     yield chunk
         finally:
             await response.aclose()
 
-    async def _open(self, path: str, body: dict[str, Any]) -> httpx2.Response:
+    async def _open(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> httpx2.Response:
         async with self._mapped():
-            request = self._http.build_request("POST", self._url(path), json=body)
+            request = self._http.build_request("POST", self._url(path), json=body, headers=headers)
             response = await self._http.send(request, stream=True)
             if response.is_error:
                 await response.aread()
@@ -249,10 +271,17 @@ class _HttpErrors:
             ) from error
 
 
-async def sse_chunks(lines: AsyncIterator[str]) -> AsyncGenerator[dict[str, Any], None]:
-    """Decode server-sent events (WHATWG HTML, section 9.2) with JSON data, up to ``[DONE]``."""
-    done = False
+async def sse_chunks(lines: AsyncIterator[str], place: Place | None = None) -> AsyncGenerator[dict[str, Any], None]:
+    """Decode server-sent events (WHATWG HTML, section 9.2) with JSON data, up to ``[DONE]``; `place` follows their ids.
+
+    Several events may belong to one id, which the last of them carries. They are given out together: what comes before an id
+    that never arrived would come again.
+    """
+    place = place or Place()
+    event_id, held, done = "", list[dict[str, Any]](), False
     async for line in lines:
+        if line.startswith("id:"):
+            event_id = line[3:].strip()
         if not line.startswith("data:"):
             continue  # comments keep the connection alive; event names repeat what the data says
         data = line[5:].strip()
@@ -262,9 +291,16 @@ async def sse_chunks(lines: AsyncIterator[str]) -> AsyncGenerator[dict[str, Any]
         chunk = json.loads(data)
         if "error" in chunk:
             raise _error_of_body(chunk["error"], 500)
-        yield chunk
+        held.append(chunk)
+        if event_id or not place.event_id:
+            place.event_id, event_id = event_id, ""
+            for each in held:
+                yield each
+            held.clear()
     if not done:
         raise UnavailableError("the stream ended before it was complete: the server went away; try again")
+    for each in held:
+        yield each
 
 
 _BY_STATUS: dict[int, type[SageError]] = {

@@ -51,6 +51,7 @@ _PAUSE_S = 0.2
 _MOST_DEATHS = 5
 _DEATHS_WITHIN_S = 30.0
 _LEAVE_S = 10.0
+_BRING_UP_S = 5.0
 
 
 class Supervisor(LifecycleListener):
@@ -258,6 +259,8 @@ def main(control_fd: int, listen_fd: int) -> None:
     async def beside() -> AsyncIterator[None]:
         house.set_ready(False)
         tasks = [asyncio.create_task(follow()), asyncio.create_task(bring_up())]
+        # Connections wait in the socket's queue meanwhile: a worker that knows no engine would call every model unknown.
+        await asyncio.wait(tasks[1:], timeout=_BRING_UP_S)
         try:
             yield
         finally:
