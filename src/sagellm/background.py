@@ -40,38 +40,7 @@ class BackgroundLoop:
             CancelledRequestError: `cancel_calls` ended it.
             UnavailableError: the loop was closed before it ended.
         """
-        ended: SimpleQueue[asyncio.Task[_T] | None] = SimpleQueue()
-        started: list[asyncio.Task[_T]] = []
-
-        def start() -> None:
-            if self.closed:
-                ended.put(None)
-                return
-            task = self._loop.create_task(coroutine)
-            started.append(task)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            task.add_done_callback(ended.put)
-
-        def cancel() -> None:
-            coroutine.close() if not started else started[0].cancel()
-
-        self._waiting.add(ended)
-        try:
-            self._post(start)
-            task = ended.get()
-        except KeyboardInterrupt:
-            self._post(cancel)  # comes after `start`, if that was posted at all
-            raise
-        except UnavailableError:
-            coroutine.close()
-            raise
-        finally:
-            self._waiting.discard(ended)
-        if task is None:
-            if not started:
-                coroutine.close()
-            raise UnavailableError(_CLOSED)
+        task = self._ended(coroutine)
         try:
             return task.result()
         except asyncio.CancelledError as error:
@@ -98,6 +67,45 @@ class BackgroundLoop:
     def closed(self) -> bool:
         """Whether it takes no more calls."""
         return self._stop.is_set()
+
+    def _ended(self, coroutine: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        """Run `coroutine` on the loop, wait, and return its task, which is done."""
+        ended: SimpleQueue[asyncio.Task[_T] | None] = SimpleQueue()
+        started: list[asyncio.Task[_T]] = []
+
+        def start() -> None:
+            if self.closed:
+                ended.put(None)
+                return
+            task = self._loop.create_task(coroutine)
+            started.append(task)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(ended.put)
+
+        def cancel() -> None:
+            if started:
+                started[0].cancel()
+            else:
+                coroutine.close()
+
+        self._waiting.add(ended)
+        try:
+            self._post(start)
+            task = ended.get()
+        except KeyboardInterrupt:
+            self._post(cancel)  # comes after `start`, if that was posted at all
+            raise
+        except UnavailableError:
+            coroutine.close()
+            raise
+        finally:
+            self._waiting.discard(ended)
+        if task is None:
+            if not started:
+                coroutine.close()
+            raise UnavailableError(_CLOSED)
+        return task
 
     def _post(self, callback: Callable[[], object]) -> None:
         try:

@@ -184,7 +184,7 @@ def test_calls_and_a_close_at_the_same_time_never_hang() -> None:
         return 1
 
     for _ in range(20):
-        it, outcomes, go = BackgroundLoop(), [], threading.Event()
+        it, outcomes, go = BackgroundLoop(), list[int](), threading.Event()
 
         def call(it: BackgroundLoop = it, outcomes: list[int] = outcomes, go: threading.Event = go) -> None:
             go.wait()

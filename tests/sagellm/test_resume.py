@@ -20,7 +20,7 @@ from sagellm import UnifiedInferenceClient
 from sagellm.transport import Place, RetryPolicy, sse_chunks
 from sagellm_protocol.errors import UnavailableError
 
-_ANSWER: dict[str, Any] = {"max_tokens": 60, "temperature": 1.0, "seed": 3, "stream": True, "ignore_eos": True}
+_ANSWER: dict[str, Any] = {"max_tokens": 60, "temperature": 1.0, "seed": 3, "ignore_eos": True}
 
 
 class CuttingProxy:
@@ -82,7 +82,7 @@ def proxies() -> Iterator[list[CuttingProxy]]:
 def texts(client: UnifiedInferenceClient, **options: Any) -> dict[int, str]:
     """Return the text of each choice, as its deltas add up."""
     got: dict[int, str] = {}
-    for delta in client.chat("hello", **{**_ANSWER, **options}):
+    for delta in client.chat("hello", stream=True, **{**_ANSWER, **options}):
         for choice in delta["choices"]:
             got[choice["index"]] = got.get(choice["index"], "") + (choice["delta"].get("content") or "")
     return got
@@ -128,9 +128,9 @@ def test_the_killed_gateways_stream_goes_on(start_server: Any, tmp_path: Path) -
     workers = [int(number) for number in re.findall(r"\d+", line.split("pid", 1)[1].split("(")[0])]
     options = {**_ANSWER, "max_tokens": 300}
     with UnifiedInferenceClient(server.base_url, "mock", retries=RetryPolicy(attempts=40, longest_s=0.5)) as client:
-        whole = "".join(delta.text for delta in client.chat("hello", **options))
+        whole = "".join(delta.text for delta in client.chat("hello", stream=True, **options))
         got = ""
-        for delta in client.chat("hello", **options):
+        for delta in client.chat("hello", stream=True, **options):
             got += delta.text
             if workers and len(got) > 20:
                 for pid in workers:

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -290,6 +291,7 @@ async def _run(
     fields: dict[str, Any],
     changes: dict[str, Any],
 ) -> tuple[list[Any], str]:
+    from sagellm.async_client import with_v1
     from sagellm.bench.runner import run_workload
     from sagellm.embedded import EmbeddedTransport
     from sagellm.transport import HttpTransport, RetryPolicy, Timeouts, Transport
@@ -300,7 +302,10 @@ async def _run(
         transport, model = embedded, embedded.model
     else:
         transport = HttpTransport(
-            url, api_key=api_key, timeouts=Timeouts(total=600, between_events=600), retries=RetryPolicy(attempts=1)
+            url if urlsplit(url).path.strip("/") else with_v1(url),
+            api_key=api_key,
+            timeouts=Timeouts(total=600, between_events=600),
+            retries=RetryPolicy(attempts=1),
         )
         model = model or str((await transport.get("/models"))["data"][0]["id"])
     shown = sys.stderr.isatty()

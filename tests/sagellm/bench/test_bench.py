@@ -111,7 +111,7 @@ def test_a_server_of_known_speed_is_measured_right(start_server: Any, tmp_path: 
     done = bench(
         "latency",
         "--url",
-        server.base_url,
+        server.root_url,
         "--requests",
         "4",
         "--output-tokens",

@@ -175,12 +175,13 @@ def test_another_content_than_the_hub_says_is_refused(hub: Hub, tmp_path: Path) 
 
 def test_what_the_hub_does_not_have_is_one_line(hub: Hub, tmp_path: Path) -> None:
     """An unknown repository, an unknown quantisation and a hub that is not there are errors with a cure, without a traceback."""
-    for model, words, env in (
+    cases: list[tuple[str, str, dict[str, str]]] = [
         ("hf:org/other", "check the name", {}),
         ("hf:org/m:Q2_K", "m-Q8_0.gguf", {}),
         ("hf:org/m:Q8_0", "HF_ENDPOINT", {"HF_ENDPOINT": "http://127.0.0.1:9"}),
         ("ms:org/m/none.gguf", "404", {}),
-    ):
+    ]
+    for model, words, env in cases:
         status, said = pull(hub, tmp_path, model, **env)
         assert status == 1
         assert words in said
