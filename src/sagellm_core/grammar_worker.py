@@ -82,6 +82,7 @@ class CheckWorker:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
+                start_new_session=True,  # Ctrl-C in a terminal is for the engine: this ends with its standard input
             )
             # The time to start Python is not the grammar's.
             if self._process.stdout is None or not _read_line(self._process.stdout, _START_S):

@@ -79,14 +79,17 @@ def resume_of(call: Call, prefix: str) -> Resume | None:
 async def remaining(events: AsyncGenerator[Any, None], sent: tuple[int, ...]) -> AsyncGenerator[Any, None]:
     """Pass `events` on without the first ``sent[k]`` characters of choice ``k``."""
     left = list(sent)
+    skipped: list[tuple[int, ...]] = [()] * len(sent)  # tokens are counted all the same
     async with contextlib.aclosing(events):
         async for event in events:
-            if type(event) is not ChoiceDelta or not left[event.index]:
+            if type(event) is not ChoiceDelta or not (left[event.index] or skipped[event.index]):
                 yield event
                 continue
             rest, left[event.index] = _cut(event, left[event.index])
+            skipped[event.index] += event.token_ids
             if rest is not None:
-                yield rest
+                yield msgspec.structs.replace(rest, token_ids=skipped[event.index])
+                skipped[event.index] = ()
 
 
 def size(event: ChoiceDelta) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 import threading
@@ -155,6 +156,19 @@ def test_a_grammar_that_takes_too_long_or_too_much_is_killed() -> None:
     assert fine.check('{"grammars":[{"lark_grammar":"start: /a/"}]}').error is None
     fine.close()
     fine.close()
+
+
+def test_an_interrupt_from_the_terminal_passes_the_worker_by(compiler: LLGuidanceCompiler) -> None:
+    """The worker leads a session of its own, where a terminal's Ctrl-C does not reach, and ends with its engine's pipe."""
+    _ready(compiler.compile(GrammarSpec(kind="regex", source="session")))
+    pid = compiler._worker.pid
+    assert pid is not None
+    assert os.getsid(pid) == pid != os.getsid(0)
+    process = compiler._worker._process
+    assert process is not None
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(timeout=30) == 0
 
 
 def test_compiling_survives_a_killed_worker(compiler: LLGuidanceCompiler) -> None:

@@ -66,6 +66,40 @@ def test_stream_without_usage_has_no_usage_chunk(http: httpx2.Client) -> None:
     assert all(c["choices"] for c in got[:-1])
 
 
+EACH = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "prompt_tokens"),
+    [
+        ("/v1/chat/completions", {**CHAT, "n": 2}, 7),
+        ("/v1/completions", {"model": "tiny", "prompt": "Say", "n": 2}, 7),
+        ("/v1/completions", {"model": "tiny", "prompt": ["Say", "So"]}, 14),
+    ],
+)
+def test_each_chunk_tells_the_tokens_so_far(
+    http: httpx2.Client, path: str, body: dict[str, Any], prompt_tokens: int
+) -> None:
+    """With continuous_usage_stats the count grows by what each chunk brings, over all choices, up to the last one's."""
+    chunks = frames(http.post(path, json={**body, **EACH}).text)[:-1]
+    assert chunks[-1]["choices"] == []
+    counts = [c["usage"]["completion_tokens"] for c in chunks]
+    assert counts == sorted(counts)
+    assert set(range(1, 7)) <= set(counts)
+    assert counts[-1] == counts[-2] == 6
+    assert chunks[-2]["usage"].items() <= chunks[-1]["usage"].items()
+    assert chunks[-1]["usage"]["prompt_tokens"] == prompt_tokens
+
+
+def test_usage_of_each_chunk_needs_usage(http: httpx2.Client) -> None:
+    """continuous_usage_stats without include_usage is refused with what it needs."""
+    answer = http.post(
+        "/v1/chat/completions", json={**CHAT, "stream": True, "stream_options": {"continuous_usage_stats": True}}
+    )
+    assert answer.status_code == 400
+    assert "needs stream_options.include_usage" in answer.json()["error"]["message"]
+
+
 def test_n_choices_stream_with_their_index(http: httpx2.Client) -> None:
     """Each of n choices has its own role chunk, text and finish reason."""
     got = frames(http.post("/v1/chat/completions", json={**CHAT, "n": 3, "stream": True}).text)[:-1]

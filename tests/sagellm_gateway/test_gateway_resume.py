@@ -57,6 +57,15 @@ async def test_exactly_the_rest_comes(parts, count):
     assert spelled(await gather(deltas, count)) == whole[count:]
 
 
+@given(st.lists(st.tuples(st.text(max_size=3), st.integers(1, 3)), max_size=8), st.integers(0, 30))
+async def test_tokens_of_what_was_sent_are_counted(parts, count):
+    """The tokens of all deltas come with the rest, those of deltas that are left out with the next one."""
+    deltas = [ChoiceDelta(text=text, token_ids=(1,) * tokens) for text, tokens in parts]
+    deltas.append(ChoiceDelta(token_ids=(1,), finish_reason="stop"))
+    rest = await gather(deltas, count)
+    assert sum(len(d.token_ids) for d in rest) == sum(len(d.token_ids) for d in deltas)
+
+
 async def test_the_end_of_a_choice_always_comes():
     """A client that had every character still gets the finish reason."""
     (last,) = await gather([ChoiceDelta(text="abc", finish_reason="stop")], 3)

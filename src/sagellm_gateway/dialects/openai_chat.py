@@ -15,6 +15,8 @@ from sagellm_gateway.dialects.openai_common import (
     SamplingFields,
     StreamOptions,
     ToolWire,
+    UsageTail,
+    UsageWish,
     check_model,
     encode_json,
     grammar_of,
@@ -274,33 +276,38 @@ class ChatFrames:
     content_type = b"text/event-stream; charset=utf-8"
     ping = b": ping\n\n"
 
-    def __init__(self, head: Head, n: int, *, usage: bool, logprobs: bool) -> None:
+    def __init__(self, head: Head, n: int, *, usage: UsageWish, logprobs: bool) -> None:
         self._logprobs = logprobs
-        self._usage = usage
+        self._tail = UsageTail(usage)
         self._prefix = (
             f'data: {{"id":{_dumps(head.id)},"object":"chat.completion.chunk","created":{head.created},'
             f'"model":{_dumps(head.model)},'
         )
-        self._suffix = ',"usage":null}\n\n' if usage else "}\n\n"
         self._n = n
         self._text = [self._around(i) for i in range(n)]
-        self._text_end = b'},"logprobs":null,"finish_reason":null}]' + self._suffix.encode()
+        self._text_end = self._text_tail()
+
+    def _text_tail(self) -> bytes:
+        return b'},"logprobs":null,"finish_reason":null}]' + self._tail.text.encode()
 
     def _around(self, index: int) -> bytes:
         return f'{self._prefix}"choices":[{{"index":{index},"delta":{{"content":'.encode()
 
-    def start(self, event: GenerationStart) -> bytes:  # noqa: ARG002  (one signature for all dialects)
+    def start(self, event: GenerationStart) -> bytes:
         """One chunk with the role for each choice."""
+        self._tail.take(event)
         return b"".join(self._chunk(i, {"role": "assistant", "content": "", "refusal": None}) for i in range(self._n))
 
     def _chunk(
         self, index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None
     ) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return f'{self._prefix}"choices":[{_dumps(choice)}]{self._suffix}'.encode()
+        return f'{self._prefix}"choices":[{_dumps(choice)}]{self._tail.text}'.encode()
 
     def delta(self, event: ChoiceDelta) -> bytes:
         """Text, reasoning, pieces of tool calls, and the finish reason, each in its own chunk."""
+        if self._tail.take(event):
+            self._text_end = self._text_tail()
         if event.text and not (event.reasoning or event.tool_calls or event.finish_reason or self._logprobs):
             return self._text[event.index] + encode_json(event.text) + self._text_end
         out = []
@@ -318,7 +325,7 @@ class ChatFrames:
     def end(self, event: GenerationEnd) -> bytes:
         """The usage chunk where it was asked for, and the terminator."""
         done = b"data: [DONE]\n\n"
-        if not self._usage:
+        if not self._tail.at_end:
             return done
         return f'{self._prefix}"choices":[],"usage":{_dumps(usage_json(event.usage))}}}\n\n'.encode() + done
 
@@ -431,6 +438,6 @@ class ChatResult:
         return message
 
 
-def stream_wants_usage(body: ChatBody) -> bool:
-    """Return whether the stream of `body` ends with a usage chunk."""
+def stream_wants_usage(body: ChatBody) -> UsageWish:
+    """Return which chunks of the stream of `body` tell the usage."""
     return wants_usage(body.stream, body.stream_options)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from sagellm_gateway.config import Limits
 from sagellm_protocol.errors import InvalidArgumentError, UnsupportedError
-from sagellm_protocol.generation import FunctionSpec, TokenLogprob, Usage
+from sagellm_protocol.generation import ChoiceDelta, FunctionSpec, GenerationStart, TokenLogprob, Usage
 from sagellm_protocol.sampling import GrammarSpec, SamplingParams
 
 __all__ = [
@@ -360,23 +360,53 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
-def wants_usage(stream: bool | None, options: StreamOptions | None) -> bool:
-    """Return whether the stream ends with a usage chunk.
+UsageWish = Literal["none", "end", "each"]
+"""Which chunks of a stream tell the usage: none, a last one of its own, or that one and each before it."""
+
+
+def wants_usage(stream: bool | None, options: StreamOptions | None) -> UsageWish:
+    """Return which chunks of the stream tell the usage.
 
     Raises:
-        InvalidArgumentError: `stream_options` without `stream`.
-        UnsupportedError: `continuous_usage_stats`.
+        InvalidArgumentError: `stream_options` without `stream`, or `continuous_usage_stats` without `include_usage`.
     """
     if options is None:
-        return False
+        return "none"
     if not stream:
         raise InvalidArgumentError("stream_options is only allowed with stream: true", param="stream_options")
-    if options.continuous_usage_stats:
-        raise UnsupportedError(
-            "stream_options.continuous_usage_stats is not supported: use include_usage",
+    if options.continuous_usage_stats and not options.include_usage:
+        raise InvalidArgumentError(
+            "stream_options.continuous_usage_stats needs stream_options.include_usage: set both to true",
             param="stream_options.continuous_usage_stats",
         )
-    return bool(options.include_usage)
+    if not options.include_usage:
+        return "none"
+    return "each" if options.continuous_usage_stats else "end"
+
+
+class UsageTail:
+    """How the chunks of a stream end: without usage, with null, or with the tokens so far (vLLM's `continuous_usage_stats`).
+
+    The tokens so far are prompt, completion and total; what was cached or reasoned is known with the last chunk only.
+    """
+
+    def __init__(self, wish: UsageWish) -> None:
+        self.at_end = wish != "none"
+        self.text = ',"usage":null}\n\n' if self.at_end else "}\n\n"
+        self._running = wish == "each"
+        self._prompt = self._completion = 0
+
+    def take(self, event: GenerationStart | ChoiceDelta) -> bool:
+        """Count `event`; return whether `text` changed. Several prompts of one call have a start each."""
+        if not self._running:
+            return False
+        if type(event) is ChoiceDelta:
+            self._completion += len(event.token_ids)
+        elif type(event) is GenerationStart:
+            self._prompt += event.prompt_tokens
+        counts = f'"prompt_tokens":{self._prompt},"completion_tokens":{self._completion}'
+        self.text = f',"usage":{{{counts},"total_tokens":{self._prompt + self._completion}}}}}\n\n'
+        return True
 
 
 def logprob_number(value: float) -> float:

@@ -15,6 +15,8 @@ from sagellm_gateway.dialects.openai_common import (
     Head,
     SamplingFields,
     StreamOptions,
+    UsageTail,
+    UsageWish,
     check_model,
     encode_json,
     logprob_number,
@@ -168,21 +170,22 @@ class CompletionFrames:
     content_type = b"text/event-stream; charset=utf-8"
     ping = b": ping\n\n"
 
-    def __init__(self, head: Head, choices: int, *, usage: bool, logprobs: bool) -> None:
+    def __init__(self, head: Head, choices: int, *, usage: UsageWish, logprobs: bool) -> None:
         self._prefix = (
             f'data: {{"id":{encode_json(head.id).decode()},"object":"text_completion","created":{head.created},'
             f'"model":{encode_json(head.model).decode()},'
         )
-        self._suffix = ',"usage":null}\n\n' if usage else "}\n\n"
-        self._usage = usage
+        self._tail = UsageTail(usage)
         self._logprobs = [_Logprobs() for _ in range(choices)] if logprobs else None
 
-    def start(self, event: GenerationStart) -> bytes:  # noqa: ARG002  (one signature for all dialects)
+    def start(self, event: GenerationStart) -> bytes:
         """Nothing: completions have no role."""
+        self._tail.take(event)
         return b""
 
     def delta(self, event: ChoiceDelta) -> bytes:
         """One chunk with the text and, at the end, the finish reason."""
+        self._tail.take(event)
         if not (event.text or event.finish_reason or (self._logprobs and event.logprobs)):
             return b""
         logprobs = None
@@ -194,12 +197,12 @@ class CompletionFrames:
             "logprobs": logprobs,
             "finish_reason": event.finish_reason,
         }
-        return f'{self._prefix}"choices":[{encode_json(choice).decode()}]{self._suffix}'.encode()
+        return f'{self._prefix}"choices":[{encode_json(choice).decode()}]{self._tail.text}'.encode()
 
     def end(self, event: GenerationEnd) -> bytes:
         """The usage chunk where it was asked for, and the terminator."""
         done = b"data: [DONE]\n\n"
-        if not self._usage:
+        if not self._tail.at_end:
             return done
         usage = encode_json(usage_json(event.usage)).decode()
         return f'{self._prefix}"choices":[],"usage":{usage}}}\n\n'.encode() + done

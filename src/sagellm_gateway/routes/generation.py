@@ -133,7 +133,7 @@ class _Merge:
             if event.ttft_s is not None:
                 self.ttft = event.ttft_s if self.ttft is None else min(self.ttft, event.ttft_s)
             return None
-        return event if k == 0 else None
+        return event
 
     def end(self) -> GenerationEnd:
         usage = Usage(
