@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from sagellm_backend.cuda.matrix import Matrix, pack_nibbles, to_q8
+from sagellm_backend.cuda.matrix import Matrix, pack_nibbles
 from sagellm_backend.tensors import Format
 
 __all__ = ["plain", "unpack"]
@@ -26,13 +26,8 @@ def plain(data: torch.Tensor, fmt: Format, shape: tuple[int, ...]) -> torch.Tens
 
 
 def unpack(data: torch.Tensor, fmt: Format, shape: tuple[int, ...]) -> Matrix:
-    """Return a packed matrix of `shape` from its file's bytes.
-
-    Q6_K has groups of 16, so it is rounded again, to groups of 32 in 8 bits; all others keep their quants.
-    """
+    """Return a packed matrix of `shape` from its file's bytes. All keep their quants; scales of K formats are rounded to 16 bits."""
     blocks = data.view(-1, fmt.block_bytes)
-    if fmt is Format.Q6_K:
-        return to_q8(_q6_k(blocks).view(shape))
     quants, scale, minimum = _UNPACK[fmt](blocks)
     kind = "q8" if quants.dtype == torch.int8 else "q4"
     per_row = (*shape[:-1], -1)
@@ -110,15 +105,14 @@ def _q5_k(blocks: torch.Tensor) -> Packed:
     return quants.to(torch.int8), *_k_scales(blocks)
 
 
-def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
-    """Values of Q6_K blocks, (blocks, 256)."""
+def _q6_k(blocks: torch.Tensor) -> Packed:
     low = blocks[:, :128].reshape(-1, 2, 1, 64)
     nibbles = torch.cat([low & 15, low >> 4], dim=2).reshape(-1, 2, 4, 32)
     shifts = torch.tensor([0, 2, 4, 6], device=blocks.device, dtype=torch.uint8)
     tops = (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts[:, None]) & 3
-    quants = (nibbles | (tops << 4)).float() - 32
+    quants = (nibbles | (tops << 4)).to(torch.int8) - 32
     scale = blocks[:, 192:208].contiguous().view(torch.int8).float() * _f16(blocks, 208).float()
-    return (quants.reshape(-1, 16, 16) * scale[:, :, None]).reshape(-1, 256)
+    return quants, scale.half(), None
 
 
 _UNPACK: dict[Format, Callable[[torch.Tensor], Packed]] = {
@@ -129,4 +123,5 @@ _UNPACK: dict[Format, Callable[[torch.Tensor], Packed]] = {
     Format.Q8_0: _q8_0,
     Format.Q4_K: _q4_k,
     Format.Q5_K: _q5_k,
+    Format.Q6_K: _q6_k,
 }

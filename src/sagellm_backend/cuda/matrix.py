@@ -11,7 +11,7 @@ import torch
 __all__ = ["GROUP", "Matrix", "concatenate", "expand", "pack_nibbles", "to_fp8", "to_q4", "to_q8"]
 
 GROUP = 32
-"""Weights that share a scale and a minimum."""
+"""Weights that share a scale and a minimum; 16 in matrices that come from Q6_K."""
 
 _FP8_MAX = 448.0
 
@@ -24,7 +24,7 @@ class Matrix:
         kind: what `data` holds. ``dense``: numbers. ``q8``: int8, one a weight. ``q4``: uint8; byte j of a group holds weight j
             in its low half and weight j + 16 in its high one. ``fp8``: e4m3 numbers.
         data: (…, outputs, inputs), half of `inputs` for q4.
-        scale: f16 (…, outputs, inputs / 32) for q8 and q4; f32 (…, outputs) for fp8.
+        scale: f16 (…, outputs, inputs / group) for q8 and q4; f32 (…, outputs) for fp8.
         minimum: like the scale of q8 and q4, or None where it is zero throughout: weight = quant · scale + minimum.
     """
 
@@ -44,6 +44,11 @@ class Matrix:
         return int(self.data.shape[-1]) * (2 if self.kind == "q4" else 1)
 
     @property
+    def group(self) -> int:
+        """Weights that share a scale."""
+        return GROUP if self.scale is None or self.kind == "fp8" else self.inputs // int(self.scale.shape[-1])
+
+    @property
     def nbytes(self) -> int:
         """Bytes on the device."""
         return sum(t.numel() * t.element_size() for t in (self.data, self.scale, self.minimum) if t is not None)
@@ -54,7 +59,7 @@ def concatenate(parts: Sequence[Matrix]) -> Matrix | None:
     first = parts[0]
     if len(parts) == 1:
         return first
-    shape = {(m.kind, m.data.dtype, m.inputs, m.minimum is None) for m in parts}
+    shape = {(m.kind, m.data.dtype, m.inputs, m.group, m.minimum is None) for m in parts}
     if len(shape) > 1:
         return None
     axis = first.data.ndim - 2
@@ -77,9 +82,9 @@ def expand(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _quants(matrix: Matrix) -> torch.Tensor:
-    """(…, outputs, groups, 32) integers."""
+    """(…, outputs, groups, group) integers."""
     if matrix.kind == "q8":
-        return matrix.data.unflatten(-1, (-1, GROUP))
+        return matrix.data.unflatten(-1, (-1, matrix.group))
     packed = matrix.data.unflatten(-1, (-1, GROUP // 2))
     return torch.cat([packed & 15, packed >> 4], dim=-1)
 

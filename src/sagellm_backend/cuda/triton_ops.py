@@ -29,6 +29,7 @@ _SPAN = 1024
 _PROGRAMS = 264
 """Two for each of an H100's 132 multiprocessors: more do not fit at once anyway."""
 _MAX_SPLITS = 32
+_KEY_BYTES = 64 * 128 * 2
 
 
 class TritonOps(TorchOps):
@@ -109,7 +110,7 @@ class TritonOps(TorchOps):
         """See `TorchOps.attend`."""
         out = torch.empty_like(q)
         rows = (step.starts, step.firsts, step.lengths)
-        for tiles, tile in ((step.short, self._short_tile(step, shape)), (step.long, self._long_tile())):
+        for tiles, tile in ((step.short, self._short_tile(step, shape)), (step.long, self._long_tile(shape))):
             attention.attend(
                 q, cache, step.tables, tiles, rows, out, tile, scale=shape.scale, window=shape.window, cap=shape.softcap
             )
@@ -166,13 +167,18 @@ class TritonOps(TorchOps):
     def _short_tile(self, step: DeviceStep, shape: AttentionShape) -> attention.TileShape:
         if self._invariant:
             splits = max(1, -(-step.tables.shape[1] * BLOCK_SIZE // _SPAN))
-            return attention.TileShape(self.short_rows, self._short_lanes, 64, splits, _SPAN, 4)
+            return attention.TileShape(self.short_rows, self._short_lanes, self._keys(shape), splits, _SPAN, 4)
         programs = max(1, step.short.shape[0] * shape.n_kv_heads)
         splits = min(_MAX_SPLITS, max(1, _PROGRAMS // programs))
-        return attention.TileShape(self.short_rows, self._short_lanes, 64, splits, 0, 4)
+        return attention.TileShape(self.short_rows, self._short_lanes, self._keys(shape), splits, 0, 4)
 
-    def _long_tile(self) -> attention.TileShape:
-        return attention.TileShape(self.long_rows, self._long_lanes, 64, 1, 0, 4)
+    def _keys(self, shape: AttentionShape) -> int:
+        """Keys looked at in one go: as many bytes of them for wide heads and wide numbers as for usual ones."""
+        fitting = _KEY_BYTES // (shape.head_dim * int(self.dtype.itemsize))
+        return min(64, max(16, 1 << (max(fitting, 1).bit_length() - 1)))
+
+    def _long_tile(self, shape: AttentionShape) -> attention.TileShape:
+        return attention.TileShape(self.long_rows, self._long_lanes, self._keys(shape), 1, 0, 4)
 
 
 def _lanes(used: int) -> int:

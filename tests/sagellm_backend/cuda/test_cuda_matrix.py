@@ -19,7 +19,7 @@ from sagellm_backend.tensors import Format, Tensor
 pytestmark = pytest.mark.cuda
 
 EXACT = [Format.Q4_0, Format.Q4_1, Format.Q5_0, Format.Q5_1, Format.Q8_0]
-NEAR = {Format.Q4_K: 2e-3, Format.Q5_K: 2e-3, Format.Q6_K: 1e-2}
+NEAR = {Format.Q4_K: 2e-3, Format.Q5_K: 2e-3, Format.Q6_K: 2e-3}
 
 
 def random_blocks(fmt: Format, shape: tuple[int, int], seed: int) -> Tensor:
@@ -53,7 +53,7 @@ def test_formats_of_one_scale_a_group_are_kept_exactly(fmt: Format, seed: int, r
 
 @pytest.mark.parametrize("fmt", NEAR, ids=lambda f: f.name)
 def test_formats_of_two_levels_lose_no_more_than_a_rounded_scale(fmt: Format) -> None:
-    """Scales of K formats are products; rounded to 16 bits (Q6_K: requantised to 8) they stay near."""
+    """Scales of K formats are products; rounded to 16 bits they stay near."""
     tensor = random_blocks(fmt, (8, 512), 3)
     want = dequantize(tensor)
     got = expand(unpack(bytes_of(tensor), fmt, tensor.shape), torch.float32).numpy()

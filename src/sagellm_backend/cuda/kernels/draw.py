@@ -21,7 +21,9 @@ CHUNK = 1024
 @triton.jit
 def _weights(z, best, scale, coefficients, live, N_COEFFICIENTS: tl.constexpr):
     """floor(2^x · 2^44) with x = (z - best) · scale."""
-    x = (z.to(tl.float64) - best.to(tl.float64)) * scale
+    # An excluded logit, of which all of a row may be, takes no part in the arithmetic.
+    live = live & (z > float("-inf"))
+    x = (tl.where(live, z, 0.0).to(tl.float64) - tl.where(live, best, 0.0).to(tl.float64)) * scale
     live = live & (x >= -45.0)
     x = tl.where(live, x, 0.0)
     # Adding and taking away 1.5 · 2^52 rounds to the nearest integer, ties to even.

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sagellm_backend.cuda.matrix import GROUP, Matrix
+from sagellm_backend.cuda.matrix import Matrix
 
 __all__ = ["KINDS", "embed"]
 
@@ -45,6 +45,6 @@ def embed(table: Matrix, tokens: torch.Tensor, factor: float) -> torch.Tensor:
     block = min(triton.next_power_of_2(cols), 1024)
     _embed[(rows, triton.cdiv(cols, block))](
         table.data, table.scale, table.minimum, tokens, out, cols, factor,
-        KIND=KINDS[table.kind], HAS_MIN=table.minimum is not None, GROUP=GROUP, BLOCK=block,
+        KIND=KINDS[table.kind], HAS_MIN=table.minimum is not None, GROUP=table.group, BLOCK=block,
     )  # fmt: skip
     return out

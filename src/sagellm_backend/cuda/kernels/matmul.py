@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from sagellm_backend.cuda.kernels.embed import KINDS
-from sagellm_backend.cuda.matrix import GROUP, Matrix
+from sagellm_backend.cuda.matrix import Matrix
 from sagellm_backend.cuda.tiles import Tiles
 
 __all__ = ["matmul"]
@@ -116,7 +116,7 @@ def matmul(
         x, matrix.data, matrix.scale, matrix.minimum, bias, out, order, tile_matrix, source,
         products, matrix.outputs, matrix.inputs,
         KIND=KINDS[matrix.kind], HAS_MIN=matrix.minimum is not None, HAS_BIAS=bias is not None,
-        GROUPED=routes is not None, GROUP=GROUP, COMPUTE=_COMPUTE[torch.float32 if exact else x.dtype],
+        GROUPED=routes is not None, GROUP=matrix.group, COMPUTE=_COMPUTE[torch.float32 if exact else x.dtype],
         BLOCK_M=tiles.rows, BLOCK_N=tiles.outputs, BLOCK_K=block_k, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out
