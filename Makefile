@@ -33,7 +33,7 @@ NATIVE := $(shell find src/sagellm_backend/cpu/native -type f 2>/dev/null)
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '2,9s/^# *//p' Makefile
+	@sed -n '2,/^[^#]/s/^# *//p' Makefile
 
 $(PY):
 	$(MAKE_VENV)
@@ -63,9 +63,13 @@ test: $(VENV)/.installed-dev models
 test-slow: $(VENV)/.installed-dev models
 	$(PY) -m pytest -q --timeout 1800
 
+# Pinned, so that the tests see one release; a build for CPUs is enough.
+TORCH_CPU ?= torch==2.13.0
+
 $(VENV_CUDA)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV_CUDA)
 	$(VENV_CUDA)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(VENV_CUDA)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH_CPU)'
 	$(VENV_CUDA)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[gateway,cuda]' --group dev
 	@touch $@
 
