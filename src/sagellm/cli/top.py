@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from typing import Annotated, Any
@@ -31,16 +32,22 @@ def top(
     if once or not sys.stdout.isatty():
         print(screen(status, None, 0.0))
         return
-    before, at = status, time.monotonic()
+    before, at, seconds = None, time.monotonic(), 0.0
     try:
         while True:
-            time.sleep(every)
-            status, now = call("GET", "/management/status", url=url, api_key=api_key), time.monotonic()
-            sys.stdout.write(_CLEAR + screen(status, before, now - at) + "\n")
+            sys.stdout.write(_CLEAR + fitted(screen(status, before, seconds)) + "\n")
             sys.stdout.flush()
-            before, at = status, now
+            time.sleep(every)
+            before, status = status, call("GET", "/management/status", url=url, api_key=api_key)
+            at, seconds = time.monotonic(), time.monotonic() - at
     except KeyboardInterrupt:
         return
+
+
+def fitted(picture: str) -> str:
+    """Cut `picture` to the terminal as it is now, so that nothing wraps or scrolls."""
+    columns, lines = shutil.get_terminal_size()
+    return "\n".join(line[:columns] for line in picture.splitlines()[: max(1, lines - 1)])
 
 
 def screen(status: dict[str, Any], before: dict[str, Any] | None, seconds: float) -> str:
@@ -61,15 +68,15 @@ def screen(status: dict[str, Any], before: dict[str, Any] | None, seconds: float
         f"control   prefix hits {scheduling['prefix_hit_rate']:.0%}, retries {scheduling['retries']}, migrations "
         f"{scheduling['migrations']}, sheds {scheduling['sheds']}, decision {scheduling['mean_decision_us']:.0f} µs",
         "",
-        f"{'ENGINE':<24} {'STATE':<9} {'PID':>7} {'RUN':>4} {'LOAD':>6}  KV BLOCKS",
+        f"{'ENGINE':<20} {'STATE':<9} {'PID':>7} {'RUN':>4} {'LOAD':>6}  KV BLOCKS",
     ]
     for engines in status["cluster"]["models"].values():
         for e in engines:
             used, whole = e["kv_blocks_used"], max(1, e["kv_blocks_total"])
-            bar = "#" * round(20 * used / whole)
+            bar = "#" * round(10 * used / whole)
             lines.append(
-                f"{e['instance_id'][:24]:<24} {e['state']:<9} {e['pid'] or '-':>7} {e['active_requests']:>4} "
-                f"{e['current_load']:>6.0%}  [{bar:<20}] {used} of {whole}"
+                f"{e['instance_id'][:20]:<20} {e['state']:<9} {e['pid'] or '-':>7} {e['active_requests']:>4} "
+                f"{e['current_load']:>6.0%}  [{bar:<10}] {used} of {whole}"
             )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""The terminal of `sage-llm run`, in a real pseudo-terminal; its conversation and its Markdown without one."""
+"""The terminal of `sage-llm run`, and that of `top`, in a real pseudo-terminal; its conversation and its Markdown without one."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -38,14 +39,14 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\r")
 
 
 class Terminal:
-    """`sage-llm run` behind a pseudo-terminal of 80 columns."""
+    """A command behind a pseudo-terminal of 80 columns."""
 
     def __init__(self, home: Path, *args: str) -> None:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         env = {**os.environ, "SAGELLM_HOME": str(home), "TERM": "xterm", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _WITH_CONTROLLING_TERMINAL, "run", *args],
+            [sys.executable, "-c", _WITH_CONTROLLING_TERMINAL, *args],
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -86,7 +87,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(tmp_path: Path) -> Iterator[Terminal]:
-    it = Terminal(tmp_path, "mock", "--seed", "1", "--max-tokens", "60", "-v")
+    it = Terminal(tmp_path, "run", "mock", "--seed", "1", "--max-tokens", "60", "-v")
     yield it
     it.close()
 
@@ -125,7 +126,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
     """Ctrl-C in the middle of an answer brings the prompt back; the conversation goes on."""
     script = tmp_path / "script.json"
     script.write_text(json.dumps({"rules": [{"reply": [{"drip_ms": 20}, {"say": "one two three four five " * 200}]}]}))
-    terminal = Terminal(tmp_path, "mock", "--max-tokens", "4000", "--script", str(script))
+    terminal = Terminal(tmp_path, "run", "mock", "--max-tokens", "4000", "--script", str(script))
     try:
         terminal.wait_for(">>>")
         terminal.type("talk for long\r")
@@ -156,6 +157,19 @@ def test_a_resized_terminal_goes_on(terminal: Terminal) -> None:
     os.kill(terminal.process.pid, signal.SIGWINCH)
     terminal.wait_for("peak resident memory")
     assert leave(terminal) == 0
+
+
+def test_top_shows_the_server_until_ctrl_c(mock_server: Any, tmp_path: Path) -> None:
+    """The first picture comes at once, later ones have rates, none is wider than the terminal, Ctrl-C leaves with status 0."""
+    top = Terminal(tmp_path, "top", "--url", mock_server.root_url, "--every", "0.1")
+    first = top.wait_for(r"KV BLOCKS\n.*\] 0 of \d+\n")
+    assert "done (-)" in first
+    later = top.wait_for(r"done \(\d+\.\d/s\)[^#]*KV BLOCKS\n.*\] 0 of \d+\n")
+    assert "mock" in later
+    assert max(len(line) for line in (first + later).splitlines()) <= 80
+    top.type("\x03")
+    assert top.process.wait(30) == 0
+    top.close()
 
 
 def test_output_that_is_no_terminal_has_no_colours() -> None:
