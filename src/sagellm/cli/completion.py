@@ -12,22 +12,31 @@ from sagellm.cli.common import single
 from sagellm_protocol.errors import InvalidArgumentError
 
 _BASH = """_sage_llm() {
-    local IFS=$'\\n'
-    COMPREPLY=($(compgen -W "$(sage-llm completion --words "${COMP_WORDS[@]:1:COMP_CWORD-1}" 2>/dev/null)" -- "${COMP_WORDS[COMP_CWORD]}"))
-    [ ${#COMPREPLY[@]} -gt 0 ] || COMPREPLY=($(compgen -f -- "${COMP_WORDS[COMP_CWORD]}"))
+    local line="${COMP_LINE:0:COMP_POINT}" current="" colon="" IFS=$' \\t\\n'
+    local -a typed
+    read -ra typed <<< "$line"
+    [[ $line == *[[:space:]] ]] || { current="${typed[-1]}"; unset 'typed[-1]'; }
+    IFS=$'\\n'
+    COMPREPLY=($(compgen -W "$(sage-llm completion --words -- "${typed[@]:1}" 2>/dev/null)" -- "$current"))
+    [ ${#COMPREPLY[@]} -gt 0 ] || COMPREPLY=($(compgen -f -- "$current"))
+    # A colon ends a word here: what stands before it is not replaced.
+    [[ $COMP_WORDBREAKS != *:* ]] || colon="${current%"${current##*:}"}"
+    COMPREPLY=("${COMPREPLY[@]#"$colon"}")
 }
 complete -F _sage_llm sage-llm sagellm
 """
 _ZSH = """#compdef sage-llm sagellm
 _sage_llm() {
     local -a words_
-    words_=(${(f)"$(sage-llm completion --words "${words[@]:1:$CURRENT-2}" 2>/dev/null)"})
+    words_=(${(f)"$(sage-llm completion --words -- "${words[@]:1:$CURRENT-2}" 2>/dev/null)"})
     compadd -a words_ || _files
 }
 compdef _sage_llm sage-llm sagellm
 """
-_FISH = """complete -c sage-llm -f -a '(sage-llm completion --words (commandline -opc)[2..-1] 2>/dev/null)'
-complete -c sagellm -f -a '(sage-llm completion --words (commandline -opc)[2..-1] 2>/dev/null)'
+_FISH = """for program in sage-llm sagellm
+    complete -c $program -n __fish_use_subcommand -f
+    complete -c $program -a '(sage-llm completion --words -- (commandline -opc)[2..-1] 2>/dev/null)'
+end
 """
 _SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 _TAKES_MODEL = {"run", "serve", "rm", "show", "cp", "plan", "bench", "demo"}

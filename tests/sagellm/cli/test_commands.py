@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -224,6 +225,36 @@ def test_completion_offers_what_may_follow() -> None:
     assert run("completion", "tcsh").returncode == 1
     checked = subprocess.run(["bash", "-n"], input=run("completion", "bash").stdout, text=True, check=False)
     assert checked.returncode == 0
+
+
+_ASK = {
+    "bash": 'source <(sage-llm completion bash); COMP_LINE="$1"; COMP_POINT=${#1}; _sage_llm; printf "%s\\n" "${COMPREPLY[@]}"',
+    "zsh": """autoload -U compinit; compinit -D -u; compdef() { }; source <(sage-llm completion zsh)
+        compadd() { print -l -- ${(M)words_:#${words[CURRENT]}*} }
+        words=(${=1}); [[ $1 == *" " ]] && words+=(""); CURRENT=$#words; _sage_llm""",
+    "fish": "sage-llm completion fish | source; complete -C $argv[1]",
+}
+
+
+@pytest.mark.parametrize("shell", sorted(_ASK))
+def test_a_shell_completes(shell: str, tmp_path: Path) -> None:
+    """The script, loaded into its shell, completes commands, options behind other options, and names with a colon."""
+    program = shutil.which(shell)
+    if program is None:
+        pytest.skip(f"{shell} is not installed")
+    plain = {"bash": ["--norc", "-c", _ASK[shell], "bash"], "zsh": ["-f", "-c", _ASK[shell], "zsh"]}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def complete(line: str) -> list[str]:
+        words = [program, *plain.get(shell, ["--no-config", "-c", _ASK[shell]]), line]
+        env = {**os.environ, "PATH": path, "HOME": str(tmp_path)}
+        done = subprocess.run(words, capture_output=True, text=True, check=True, env=env, cwd=tmp_path)
+        assert done.stderr == ""
+        return [offer.partition("\t")[0] for offer in done.stdout.split("\n") if offer]
+
+    assert complete("sage-llm ver") == ["version"]
+    assert "--kv-dtype" in complete("sage-llm serve --ctx 2048 --kv")
+    assert complete("sage-llm pull smollm2:1") == ["135m" if shell == "bash" else "smollm2:135m"]
 
 
 @pytest.mark.parametrize("program", sorted(TARGETS))
