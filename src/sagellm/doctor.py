@@ -156,6 +156,11 @@ def _native() -> tuple[State, str, str]:
         reason = str(error)
     if reason is None:
         return "ok", "loads", ""
+    if importlib.util.find_spec("sagellm_backend.cpu._native") is not None:
+        from sagellm_backend.cpu.backend import ISA_VARIABLE
+        from sagellm_backend.cpu.interface import CURE, other_build
+
+        return "fail", f"cannot run: {reason}", CURE if other_build() else f"unset {ISA_VARIABLE}"
     cure = "install a C++ compiler (Debian: apt install g++ cmake), then: pip install --force-reinstall --no-cache-dir isagellm"
     return "warn", f"not usable ({reason}): the numpy backend serves, many times slower", cure
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 
 from sagellm_backend.base import Backend
 from sagellm_backend.registry import load
@@ -18,7 +19,7 @@ class SlowBackendWarning(UserWarning):
 def pick(name: str = "auto") -> Backend:
     """Return the backend `name`, ready to load a model.
 
-    ``auto`` is the native CPU backend, or the numpy one with a warning that says what to install.
+    ``auto`` is the native CPU backend; where it was not built, the numpy one with a warning that says what to install.
 
     Raises:
         InvalidArgumentError: there is no backend of that name.
@@ -34,6 +35,8 @@ def pick(name: str = "auto") -> Backend:
     reason = native.available()
     if reason is None:
         return native
+    if find_spec("sagellm_backend.cpu._native") is not None:
+        raise UnsupportedError(f"backend 'cpu' cannot run here: {reason}", param="backend")
     # One call site, one text: Python's default filter shows it once a process.
     warnings.warn(
         f"the native CPU backend cannot run ({reason}); the numpy backend serves instead, many times slower. "

@@ -81,9 +81,18 @@ def test_auto_falls_back_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None
     """Without the native extension auto serves with numpy and warns once, naming what to install."""
     backends = {"cpu": Missing, "reference": ReferenceBackend}
     monkeypatch.setattr(auto, "load", lambda name: backends[name]())
+    monkeypatch.setattr(auto, "find_spec", lambda name: None)
     with pytest.warns(SlowBackendWarning, match=r"extension is not built.*compiler") as caught:
         assert pick().name == "reference"
     assert len(caught) == 1
+
+
+def test_auto_refuses_a_build_that_is_there_and_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a native extension that cannot run auto is an error with the reason, not a slow answer."""
+    monkeypatch.setattr(auto, "load", lambda name: Missing())
+    monkeypatch.setattr(auto, "find_spec", lambda name: name)
+    with pytest.raises(UnsupportedError, match="'cpu' cannot run here: the extension is not built"):
+        pick()
 
 
 def test_auto_prefers_native(monkeypatch: pytest.MonkeyPatch) -> None:

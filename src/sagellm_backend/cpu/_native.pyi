@@ -7,6 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 PANEL: int
+INTERFACE: str
+"""SHA-256 of this file when the module was built."""
 
 def supported_isas() -> list[str]: ...
 def allowed_threads() -> int: ...

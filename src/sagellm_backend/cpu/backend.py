@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sagellm_backend.base import Capability, LoadOptions, MemoryInfo
 from sagellm_backend.checks import check_weights
+from sagellm_backend.cpu.interface import other_build
 from sagellm_backend.host import host_memory
 from sagellm_backend.spec import DecoderSpec
 from sagellm_backend.tensors import Weights
@@ -36,9 +37,11 @@ class CpuBackend:
         return "cpu"
 
     def available(self) -> str | None:
-        """Return None if the extension module is there and the forced instruction set exists, else what is wrong."""
+        """Return None if the extension is there, of this version, and has the forced instruction set, else what is wrong."""
         if importlib.util.find_spec("sagellm_backend.cpu._native") is None:
             return "isagellm was installed without its compiled extension"
+        if (other := other_build()) is not None:
+            return other
         forced = os.environ.get(ISA_VARIABLE, "")
         isas = _isas()
         if forced and forced not in isas:

@@ -327,6 +327,7 @@ NB_MODULE(_native, m) {
   m.def("read_bandwidth", read_bandwidth, "isa"_a, "threads"_a, "nbytes"_a, "repeats"_a);
   m.def("dot_peak", dot_peak, "isa"_a, "kind"_a, "threads"_a, "repeats"_a);
   m.attr("PANEL") = kPanel;
+  m.attr("INTERFACE") = SAGE_INTERFACE;  // CMake: the hash of ../_native.pyi
 
   nb::class_<PyModel>(m, "Model")
       .def(nb::init<const nb::dict&, const std::string&, int>(), "config"_a, "isa"_a, "threads"_a)
