@@ -42,7 +42,7 @@ def launch(
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
     after = target.change(before, model, url)
     if before == after:
-        print(f"{path} has it already. Start with: {target.start.format(model=model)}")
+        print(f"{path} has it already. Start with: {target.start.format(model=model, path=path)}")
         return
     sys.stdout.writelines(
         difflib.unified_diff(before.splitlines(True), after.splitlines(True), str(path), f"{path} (new)")
@@ -52,7 +52,7 @@ def launch(
     if not yes:
         typer.confirm(f"Write {path}?", abort=True)
     _write(path, before, after)
-    print(f"Start with: {target.start.format(model=model)}")
+    print(f"Start with: {target.start.format(model=model, path=path)}")
 
 
 def _write(path: Path, before: str, after: str) -> None:
@@ -157,7 +157,7 @@ TARGETS: dict[str, Target] = {
     ),
     "opencode": Target(lambda: _config_home() / "opencode" / "opencode.json", _opencode, "opencode"),
     "openwebui": Target(
-        lambda: _config_home() / "isagellm" / "openwebui.env", _openwebui, "set -a; . the file above; open-webui serve"
+        lambda: _config_home() / "isagellm" / "openwebui.env", _openwebui, "set -a; . {path}; open-webui serve"
     ),
 }
 
