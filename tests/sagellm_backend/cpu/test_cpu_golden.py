@@ -14,8 +14,7 @@ from sagellm_core.loader import open_model
 from sagellm_protocol.sampling import SamplingParams
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-MARGIN = 0.6
-"""int8 activations move a margin by 0.13 nat (one standard deviation): this is beyond chance in some hundred tokens."""
+MARGIN = 0.3
 
 
 def compare(path: Path, golden: str, quant: str) -> tuple[float, float, list[str]]:
@@ -55,7 +54,7 @@ def compare(path: Path, golden: str, quant: str) -> tuple[float, float, list[str
 @pytest.mark.model
 @pytest.mark.parametrize("quant", ["auto", "q8", "bf16"])
 def test_smollm2_agrees_with_the_recorded_float32(quant: str, default_model_path: Path) -> None:
-    """On 20 prompts × 32 tokens the top token agrees wherever its margin exceeds 0.6 nat, mean |Δ log-probability| < 0.05."""
+    """On 20 prompts × 32 tokens the top token agrees wherever its margin exceeds 0.3 nat, mean |Δ log-probability| < 0.05."""
     error, agreement, wrong = compare(default_model_path, "smollm2_135m_q4_1.json", quant)
     assert not wrong
     assert error < 0.05

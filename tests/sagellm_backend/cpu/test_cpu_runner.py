@@ -19,7 +19,7 @@ from sagellm_backend.quant import dequantize, quantize
 from sagellm_backend.reference import ReferenceBackend
 from sagellm_backend.sampling import log_softmax
 from sagellm_backend.spec import DecoderSpec, ExpertSpec
-from sagellm_backend.tensors import Format
+from sagellm_backend.tensors import Format, Tensor
 from sagellm_protocol.errors import UnsupportedError
 from sagellm_protocol.sampling import SamplingParams
 
@@ -53,6 +53,27 @@ def test_threads_do_not_change_a_bit(threads: int) -> None:
         assert runner.threads == count
         runner.close()
     np.testing.assert_array_equal(out[0], out[1])
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from(_native.supported_isas()),
+    st.sampled_from([Format.Q4_0, Format.Q4_1, Format.Q8_0]),
+    st.integers(0, 1000),
+)
+def test_the_first_token_is_nearly_exact(isa: str, fmt: Format, seed: int) -> None:
+    """Repeated, a token has ten times the error that it has at the start, where activations keep two planes of int8."""
+    floats = {slot: dequantize(tensor) for slot, tensor in random_weights(SPEC, seed).items()}
+    weights = {slot: quantize(x, fmt) if x.ndim == 2 else Tensor.of(x) for slot, x in floats.items()}
+    ids = random_ids(SPEC, 1, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ISA_VARIABLE, isa)
+        fast = CpuBackend().load(SPEC, weights, replace(OPTIONS, threads=2, kv_dtype="f32"))
+    exact = ReferenceBackend().load(SPEC, weights, OPTIONS)
+    runs = SequenceRun(fast, range(1)), SequenceRun(exact, range(1))
+    first, second = (float(np.abs(runs[0].feed(ids) - runs[1].feed(ids)).mean()) for _ in range(2))
+    fast.close()
+    assert first < 0.1 * second
 
 
 @pytest.mark.parametrize(("quant", "kl"), [("f32", 1e-4), ("bf16", 1e-3), ("q8", 4e-3), ("q4", 0.1)])

@@ -12,6 +12,7 @@ Forward::Forward(Model& model, const StepInput& in, const StepOutput& out)
   rows_.reserve(in.rows);
   for (int s = 0; s < in.sequences; s++) {
     first_row_.push_back(static_cast<int>(rows_.size()));
+    if (in.starts[s] == 0) opening_.push_back(first_row_.back());
     for (int i = 0; i < in.lengths[s]; i++) rows_.push_back({s, in.starts[s] + i});
   }
   // A decode step needs no barrier between a head's new token and its attention: one task does both.
@@ -91,6 +92,32 @@ void Forward::embed(int thread) {
 
 const Activations& Forward::normed(int thread) const { return few_ ? s_.threads[thread].normed.view() : s_.normed.view(); }
 
+// What the rounding of `x` to `row` of `to` left over becomes rest_row. `scratch` may be `x`; it holds what was left afterwards.
+void Forward::convert_rest(const float* x, int begin, int end, const Activations& to, int row, int rest_row, float* scratch) {
+  const int8_t* q = to.q + row * to.ld;
+  const GroupMeta* meta = to.meta + row * to.ld_meta;
+  for (int j = begin; j < end; j++) scratch[j - begin] = x[j - begin] - meta[j / kGroup].scale * static_cast<float>(q[j]);
+  kernel_.prepare(scratch, 0, 1, begin, end, {to.q, to.meta, nullptr, nullptr, to.ld, to.ld_meta, 0}, rest_row);
+}
+
+// The first token of a sequence is one that all later ones attend to, and its few huge activations leave little of int8 to the
+// rest of their groups: it keeps two planes, as the head does. One row of a prefill costs nothing.
+void Forward::convert(const float* x, size_t ld, int rows, int begin, int end, const Activations& to, int row0, int thread) {
+  kernel_.prepare(x, ld, rows, begin, end, to, row0);
+  if (!to.q) return;
+  for (int row : opening_)
+    if (row >= row0 && row < row0 + rows)
+      convert_rest(x + (row - row0) * ld, begin, end, to, row, row + to.rest, s_.threads[thread].row.as<float>());
+}
+
+void Forward::product(const Packed& w, int panel, const Activations& x, int row0, int rows, float* out, size_t ld, bool add,
+                      float factor) {
+  kernel_.gemm(w, panel, x, row0, rows, out, ld, add, factor);
+  if (!reads_int8(w.format)) return;
+  for (int row : opening_)
+    if (row >= row0 && row < row0 + rows) kernel_.gemm(w, panel, x, row + x.rest, 1, out + (row - row0) * ld, ld, true, factor);
+}
+
 // x -> activations of the next projections, normed if there is a weight. Few rows every thread does for itself, which costs
 // less than the barrier behind a shared result.
 void Forward::norm_rows(int thread, const float* weight) {
@@ -99,7 +126,7 @@ void Forward::norm_rows(int thread, const float* weight) {
   for (int r = begin; r < end; r++) {
     const float* x = s_.x.as<float>() + r * s_.ld_x;
     if (weight) kernel_.rms_norm(x, weight, c_.d_model, c_.norm_eps, row);
-    kernel_.prepare(weight ? row : x, 0, 1, 0, c_.d_model, normed(thread), r);
+    convert(weight ? row : x, 0, 1, 0, c_.d_model, normed(thread), r, thread);
   }
   if (!few_) m_.pool_.barrier();
 }
@@ -189,7 +216,7 @@ void Forward::attend(int index, const Tile& tile, int thread) {
     heads = std::min(tile.lanes - i, group_ - (tile.first + i) % group_);
     float* to = s_.attn.as<float>() + row * s_.ld_attn + begin;
     for (int h = 0; h < heads; h++) std::memcpy(to + h * dh, t.out[i + h], dh * sizeof(float));
-    if (dh % kGroup == 0) kernel_.prepare(to, 0, 1, begin, begin + heads * dh, s_.attended.view(), row);
+    if (dh % kGroup == 0) convert(to, 0, 1, begin, begin + heads * dh, s_.attended.view(), row, thread);
   }
 }
 
@@ -198,13 +225,13 @@ void Forward::gate_up(int index, int unit, int row0, int rows, int thread) {
   const Layer& y = m_.layers_[index];
   float* gate = s_.threads[thread].gate.as<float>();
   float* up = s_.threads[thread].up.as<float>();
-  kernel_.gemm(y.gate, unit, normed(thread), row0, rows, gate, kPanel, false, 1.0f);
-  kernel_.gemm(y.up, unit, normed(thread), row0, rows, up, kPanel, false, 1.0f);
+  product(y.gate, unit, normed(thread), row0, rows, gate, kPanel, false, 1.0f);
+  product(y.up, unit, normed(thread), row0, rows, up, kPanel, false, 1.0f);
   add_low(index, Site::Gate, 0, unit, row0, rows, gate, kPanel, 1.0f);
   add_low(index, Site::Up, 1, unit, row0, rows, up, kPanel, 1.0f);
   kernel_.activate(c_.activation, gate, up, rows * kPanel);
   const int begin = unit * kPanel, end = std::min(c_.d_ff, begin + kPanel);
-  kernel_.prepare(gate, kPanel, rows, begin, end, s_.hidden.view(), row0);
+  convert(gate, kPanel, rows, begin, end, s_.hidden.view(), row0, thread);
 }
 
 // A projection back to the residual stream: straight into it, or into `branch` if a norm or a bias follows.
@@ -212,7 +239,7 @@ void Forward::project(int index, Site site, const Packed& w, const Activations& 
   float* to = straight ? s_.x.as<float>() : s_.branch.as<float>();
   share_panels(w.panels(), w.k, thread, loop, [&](int panel, int row0, int rows) {
     float* out = to + row0 * s_.ld_x + panel * kPanel;
-    kernel_.gemm(w, panel, x, row0, rows, out, s_.ld_x, straight, c_.residual_scale);
+    product(w, panel, x, row0, rows, out, s_.ld_x, straight, c_.residual_scale);
     add_low(index, site, 0, panel, row0, rows, out, s_.ld_x, straight ? c_.residual_scale : 1.0f);
   });
 }
@@ -229,7 +256,7 @@ void Forward::layer(int index, int thread, size_t loop) {
     const int panel = p < nq ? p : p < nq + nk ? p - nq : p - nq - nk;
     const int at = p < nq ? s_.q_at : p < nq + nk ? s_.k_at : s_.v_at;
     float* out = s_.qkv.as<float>() + row0 * s_.ld_qkv + at + panel * kPanel;
-    kernel_.gemm(w, panel, normed(thread), row0, rows, out, s_.ld_qkv, false, 1.0f);
+    product(w, panel, normed(thread), row0, rows, out, s_.ld_qkv, false, 1.0f);
     const int place = p < nq ? 0 : p < nq + nk ? 1 : 2;
     add_low(index, static_cast<Site>(place), place, panel, row0, rows, out, s_.ld_qkv, 1.0f);
   });
@@ -247,7 +274,7 @@ void Forward::layer(int index, int thread, size_t loop) {
   }
   pool.barrier();
   if (c_.head_dim % kGroup != 0) {  // groups of 32 span heads
-    kernel_.prepare(s_.attn.as<float>() + begin * s_.ld_attn, s_.ld_attn, end - begin, 0, c_.q_size(), s_.attended.view(), begin);
+    convert(s_.attn.as<float>() + begin * s_.ld_attn, s_.ld_attn, end - begin, 0, c_.q_size(), s_.attended.view(), begin, thread);
     pool.barrier();
   }
 

@@ -32,6 +32,10 @@ class Forward {
   void work(int thread);
   void embed(int thread);
   void layer(int index, int thread, size_t loop);
+  // Row-wise conversion, and products of rows, with what the rounding left over where a row keeps it.
+  void convert(const float* x, size_t ld, int rows, int begin, int end, const Activations& to, int row0, int thread);
+  void convert_rest(const float* x, int begin, int end, const Activations& to, int row, int rest_row, float* scratch);
+  void product(const Packed& w, int panel, const Activations& x, int row0, int rows, float* out, size_t ld, bool add, float factor);
   void norm_rows(int thread, const float* weight);
   void branch_norm(int thread, const float* weight, const float* bias);
   const Activations& normed(int thread) const;
@@ -88,6 +92,7 @@ class Forward {
   bool few_;    // every thread norms all rows
   std::vector<Row> rows_;
   std::vector<int> first_row_;  // of each sequence
+  std::vector<int> opening_;    // rows of first tokens
   std::vector<Tile> tiles_;
   std::vector<const Adapter*> adapters_;  // of each row; empty where no row has one
   std::vector<float> low_;                // A·x of each row, for up to three projections at a time

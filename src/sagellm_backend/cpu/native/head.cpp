@@ -12,10 +12,9 @@ void Forward::prepare_head(float* row, int i) {
   const Activations& to = s_.head.view();
   kernel_.prepare(row, 0, 1, 0, c_.d_model, to, i);
   if (s_.head_parts == 1) return;
-  auto value = [&](int r, int j) { return to.meta[r * to.ld_meta + j / kGroup].scale * static_cast<float>(to.q[r * to.ld + j]); };
-  for (int j = 0; j < c_.d_model; j++) row[j] -= value(i, j);
   const int rest = in_.n_logits + i;
-  kernel_.prepare(row, 0, 1, 0, c_.d_model, to, rest);
+  convert_rest(row, 0, c_.d_model, to, i, rest, row);
+  auto value = [&](int r, int j) { return to.meta[r * to.ld_meta + j / kGroup].scale * static_cast<float>(to.q[r * to.ld + j]); };
   double squares = 0.0;
   for (int j = 0; j < c_.d_model; j++) squares += static_cast<double>(value(rest, j)) * value(rest, j);
   s_.rest_norm[i] = 1.001f * static_cast<float>(std::sqrt(squares));

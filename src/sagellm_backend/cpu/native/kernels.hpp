@@ -28,6 +28,9 @@ struct Packed {
   SAGE_INLINE int groups() const { return (k + kGroup - 1) / kGroup; }
 };
 
+// Whether activations meet such weights as int8.
+static inline bool reads_int8(WeightFormat f) { return f != WeightFormat::BF16 && f != WeightFormat::F32; }
+
 size_t group_bytes(WeightFormat format);
 static inline size_t panel_bytes(WeightFormat format, int k) { return group_bytes(format) * ((k + kGroup - 1) / kGroup); }
 
@@ -47,6 +50,7 @@ struct Activations {
   float* f32 = nullptr;
   size_t ld = 0;       // elements from row to row of q, bf16 and f32
   size_t ld_meta = 0;  // groups from row to row
+  int rest = 0;        // row r + rest holds what the rounding of row r to int8 left over, of rows that keep it
 };
 
 enum class KvFormat : int { BF16, F32, INT8 };

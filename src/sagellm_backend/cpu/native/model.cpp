@@ -10,8 +10,6 @@ namespace {
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
-bool reads_int8(WeightFormat f) { return f != WeightFormat::BF16 && f != WeightFormat::F32; }
-
 }  // namespace
 
 size_t kv_head_bytes(KvFormat format, int head_dim) {
@@ -24,15 +22,16 @@ size_t kv_head_bytes(KvFormat format, int head_dim) {
   return 0;
 }
 
-ActivationBuffer::ActivationBuffer(int rows, int k, const std::vector<WeightFormat>& readers) {
+ActivationBuffer::ActivationBuffer(int rows, int k, const std::vector<WeightFormat>& readers, bool rest) {
   const bool q = std::any_of(readers.begin(), readers.end(), reads_int8);
   const bool bf16 = std::count(readers.begin(), readers.end(), WeightFormat::BF16) > 0;
   const bool f32 = std::count(readers.begin(), readers.end(), WeightFormat::F32) > 0;
-  const size_t n = static_cast<size_t>(rows);
+  const size_t n = static_cast<size_t>(rows), n_int8 = rest ? 2 * n : n;
+  view_.rest = rest ? rows : 0;
   view_.ld = static_cast<size_t>(round_up(k, kGroup)) + 64;  // rows of a power of two would share cache sets
   view_.ld_meta = static_cast<size_t>(round_up(k, kGroup)) / kGroup;
-  const size_t meta_bytes = q ? n * view_.ld_meta * sizeof(GroupMeta) : 0;
-  const size_t q_bytes = q ? round_up(n * view_.ld, size_t{64}) : 0;
+  const size_t meta_bytes = q ? n_int8 * view_.ld_meta * sizeof(GroupMeta) : 0;
+  const size_t q_bytes = q ? round_up(n_int8 * view_.ld, size_t{64}) : 0;
   const size_t bf16_bytes = bf16 ? round_up(n * view_.ld * 2, size_t{64}) : 0;
   memory_ = Memory(meta_bytes + q_bytes + bf16_bytes + (f32 ? n * view_.ld * 4 : 0) + 192);
   uint8_t* p = memory_.as<uint8_t>();
@@ -167,16 +166,16 @@ void Model::take_scratch(const Limits& limits) {
     block_in.insert(block_in.end(), {y.gate.format, y.up.format});
     ffn_in.push_back(y.down.format);
   }
-  s.normed = ActivationBuffer(limits.max_rows, c.d_model, block_in);
-  s.attended = ActivationBuffer(limits.max_rows, c.q_size(), attn_in);
-  s.hidden = ActivationBuffer(limits.max_rows, c.d_ff, ffn_in);
+  s.normed = ActivationBuffer(limits.max_rows, c.d_model, block_in, true);
+  s.attended = ActivationBuffer(limits.max_rows, c.q_size(), attn_in, true);
+  s.hidden = ActivationBuffer(limits.max_rows, c.d_ff, ffn_in, true);
   s.head_parts = reads_int8(head_.format) ? 2 : 1;
   s.head = ActivationBuffer(limits.max_logit_rows * s.head_parts, c.d_model, {head_.format});
   s.rest_norm.resize(logit_rows);
   const size_t dim = static_cast<size_t>(round_up(c.head_dim, 16));
   s.threads.resize(pool_.size());
   for (auto& t : s.threads) {
-    t.normed = ActivationBuffer(kFewRows, c.d_model, block_in);
+    t.normed = ActivationBuffer(kFewRows, c.d_model, block_in, true);
     t.row = Memory(static_cast<size_t>(round_up(std::max({c.d_model, c.q_size(), c.d_ff}), 64)) * 4);
     t.gate = Memory(rows * kPanel * 4);
     t.up = Memory(rows * kPanel * 4);

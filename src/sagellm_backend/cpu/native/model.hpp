@@ -57,7 +57,8 @@ struct Layer {
 class ActivationBuffer {
  public:
   ActivationBuffer() = default;
-  ActivationBuffer(int rows, int k, const std::vector<WeightFormat>& readers);
+  // With `rest`, each row has another for what its rounding to int8 leaves over.
+  ActivationBuffer(int rows, int k, const std::vector<WeightFormat>& readers, bool rest = false);
   const Activations& view() const { return view_; }
 
  private:
