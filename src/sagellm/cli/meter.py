@@ -26,9 +26,10 @@ def resident_bytes() -> int:
 
 
 class Meter:
-    """Times of one answer, in seconds."""
+    """Times of one answer, in seconds; of a conversation's, which waits for its reader, not that since the command."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, conversation: bool = False) -> None:
+        self._conversation = conversation
         self._base = time.perf_counter() - process_age_s()
         self._asked = time.perf_counter()
         self._first: float | None = None
@@ -62,9 +63,10 @@ class Meter:
     def report(self, human_bytes: Callable[[float], str]) -> str:
         """Return the numbers, one a line."""
         first = self._first or time.perf_counter()
+        since_command = () if self._conversation else (f"command to first token  {first - self._base:.2f} s",)
         return "\n".join(
             (
-                f"command to first token  {first - self._base:.2f} s",
+                *since_command,
                 f"question to first token {1000 * (first - self._asked):.0f} ms ({self._usage.get('prompt_tokens', 0)} prompt tokens)",
                 f"decode                  {self.rate:.1f} tokens/s ({self.tokens} tokens)",
                 f"peak resident memory    {human_bytes(resident_bytes())}",

@@ -137,7 +137,7 @@ def answer(
     Raises:
         SageError: what the engine said.
     """
-    meter, renderer, said = Meter(), Renderer(colour=markdown), ""
+    meter, renderer, said = Meter(conversation=True), Renderer(colour=markdown), ""
     if ctrl_c is not None and ctrl_c.pressed:
         _show("(stopped)\n")
         return
