@@ -182,7 +182,8 @@ class _Tally:
         self.divergences: list[Float64] = []
         self.seconds = 0.0
 
-    def add(self, logprobs: Float64, reference: Float64, truth: npt.NDArray[np.int64]) -> None:
+    def add(self, logprobs: Float64, reference: Float64, probabilities: Float64, truth: npt.NDArray[np.int64]) -> None:
+        """Take in rows of this path; `probabilities` are e to the `reference`."""
         import numpy as np
 
         rows = np.arange(truth.size)
@@ -190,7 +191,7 @@ class _Tally:
         self.loss -= float(mine.sum())
         self.error += float(np.abs(mine - theirs).sum())
         self.agreed += int((logprobs.argmax(1) == reference.argmax(1)).sum())
-        self.divergences.append((np.exp(reference) * (reference - logprobs)).sum(1))
+        self.divergences.append((probabilities * (reference - logprobs)).sum(1))
 
 
 def _score(
@@ -206,8 +207,9 @@ def _score(
             rows = window[at : min(at + CHUNK, len(window) - 1)]
             truth = np.array(window[at + 1 : at + 1 + len(rows)])
             logprobs = [_logprobs(runner, rows, at, tally) for runner, tally in zip(runners, tallies, strict=True)]
+            probabilities = np.exp(logprobs[0])
             for mine, tally in zip(logprobs, tallies, strict=True):
-                tally.add(mine, logprobs[0], truth)
+                tally.add(mine, logprobs[0], probabilities, truth)
             total += len(rows)
             if progress is not None:
                 progress(total, len(ids) - 1)
