@@ -116,7 +116,7 @@ def _version() -> tuple[State, str, str]:
     return (
         "fail",
         f"pip says {installed}, the code says {__version__}",
-        "pip install --force-reinstall --no-deps isagellm",
+        f"pip install --force-reinstall --no-deps 'isagellm=={__version__}'",
     )
 
 
@@ -128,7 +128,7 @@ def _missing(modules: tuple[str, ...]) -> list[str]:
 def _dependencies() -> tuple[State, str, str]:
     needed = ("msgspec", "numpy", "tokenizers", "jinja2", "httpx2", "typer", "rich", "prompt_toolkit")
     if missing := _missing(needed):
-        return "fail", f"missing: {', '.join(missing)}", "pip install --force-reinstall isagellm"
+        return "fail", f"missing: {', '.join(missing)}", f"pip install --force-reinstall 'isagellm=={__version__}'"
     return "ok", f"all {len(needed)} are here", ""
 
 
@@ -161,7 +161,10 @@ def _native() -> tuple[State, str, str]:
         from sagellm_backend.cpu.interface import CURE, other_build
 
         return "fail", f"cannot run: {reason}", CURE if other_build() else f"unset {ISA_VARIABLE}"
-    cure = "install a C++ compiler (Debian: apt install g++ cmake), then: pip install --force-reinstall --no-cache-dir isagellm"
+    cure = (
+        "install a C++ compiler (Debian: apt install g++ cmake), then: "
+        f"pip install --force-reinstall --no-cache-dir 'isagellm=={__version__}'"
+    )
     return "warn", f"not usable ({reason}): the numpy backend serves, many times slower", cure
 
 

@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 
+from sagellm._version import __version__
 from sagellm_protocol.errors import InternalError, SageError
 
 __all__ = ["INTERRUPTED", "describe", "exit_status", "reader_went_away", "report"]
@@ -90,4 +91,4 @@ def _describe_missing(error: ModuleNotFoundError) -> str:
     extra = _EXTRA_OF.get(module)
     if extra is not None:
         return f"this needs the {extra} extra ({module} is not installed): pip install 'isagellm[{extra}]'"
-    return f"{error}: the installation is incomplete: pip install --force-reinstall isagellm"
+    return f"{error}: the installation is incomplete: pip install --force-reinstall 'isagellm=={__version__}'"

@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     old = old_distributions()
     if old:  # imports may reach their modules: nothing can be trusted to run
         sys.stderr.write(
-            f"error: releases before {__version__} are mixed into this installation: {', '.join(old)}: {cure(old)}\n"
+            f"error: releases before {__version__} are mixed into this installation: {', '.join(old)}. This cures it:\n"
+            f"  {cure(old)}\n"
         )
         return 1
     return _run(name, command, args[1:], debug=debug)
