@@ -16,7 +16,7 @@ from sagellm_protocol.prefix import BlockEvent, BlockSnapshot, block_hash
 
 __all__ = ["BlockCopier", "KVCache", "KVCounters", "Match", "SpillTier"]
 
-EVENTS_KEPT = 1 << 16
+EVENTS_KEPT = 1 << 14
 _NOBODY = 1 << 30
 
 

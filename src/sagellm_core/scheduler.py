@@ -17,6 +17,8 @@ from sagellm_core.request import Phase, SequenceState
 
 __all__ = ["Schedule", "Scheduler", "SchedulerLimits", "Work"]
 
+_TIDY_AT = 64
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
@@ -100,12 +102,13 @@ class Scheduler:
         self.running: list[SequenceState] = []
         self.preemptions = 0
         self._deadlines: list[tuple[float, int, SequenceState]] = []
+        self._deadlines_tidy_at = _TIDY_AT
 
     def add(self, seq: SequenceState) -> None:
         """Queue a sequence."""
         insort(self.waiting, seq, key=_urgency)
         if seq.deadline is not None:
-            heapq.heappush(self._deadlines, (seq.deadline, seq.arrival, seq))
+            self._watch(seq, seq.deadline)
 
     def remove(self, seq: SequenceState) -> None:
         """Let go of a sequence and of its blocks, wherever it stands."""
@@ -143,6 +146,14 @@ class Scheduler:
         self.kv.publish(seq, before)
 
     # --------------------------------------------------------------- private
+
+    def _watch(self, seq: SequenceState, deadline: float) -> None:
+        """Note a deadline, and let go of ended sequences now and then: theirs may be an hour away, their tokens need not stay."""
+        heapq.heappush(self._deadlines, (deadline, seq.arrival, seq))
+        if len(self._deadlines) >= self._deadlines_tidy_at:
+            self._deadlines = [entry for entry in self._deadlines if entry[2].phase is not Phase.FINISHED]
+            heapq.heapify(self._deadlines)
+            self._deadlines_tidy_at = max(_TIDY_AT, 2 * len(self._deadlines))
 
     def _expire(self, step: Schedule, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:

@@ -1,5 +1,7 @@
 """The scheduler alone, with a fake runner: who gets rows, who waits, who gives blocks back."""
 
+import gc
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -204,6 +206,16 @@ def test_deadlines_are_met_or_reported():
     bench.now = 5.0
     assert bench.step()[1].expired == [running]
     assert bench.kv.n_used == 0
+
+
+def test_ended_sequences_do_not_stay_until_their_deadline():
+    """However far the deadlines are away, of sequences that ended only a bounded number is still in memory."""
+    bench = Bench()
+    for _ in range(500):
+        bench.scheduler.remove(bench.add(8, deadline_s=3600.0))
+        bench.all[-1] = None
+    gc.collect()
+    assert sum(type(thing) is SequenceState for thing in gc.get_objects()) < 128
 
 
 @given(
