@@ -1,4 +1,4 @@
-"""Whether `sage-llm bench serve` measures what guidellm and aiperf measure: one mock server, the same prompts, interleaved rounds.
+"""Whether `sage-llm bench serve` measures what guidellm and aiperf measure: one mock engine that all requests share, interleaved rounds.
 
     python benchmarks/bench_agreement.py --guidellm BIN --aiperf BIN --tokenizer DIR --out FILE     one round, appended to FILE
     python benchmarks/bench_agreement.py --report FILE                                              medians and ratios over its rounds
@@ -7,10 +7,18 @@
 model, which aiperf and guidellm load and the comparison does not use: all three take the server's own counts. Every round has new prompts and
 another order of the tools, and the server forgets KV at once, so that no tool finds the prefix of another in the cache.
 
-Compared are medians over requests of the time to the first token and of the time of each later token ((end - first token) / (tokens - 1),
-which the two others call inter token latency), and output tokens a second. The simulated step is long against what a client costs, and each
-request has an engine of its own: in one engine requests wait for each other's steps, so that a client which sends the next one a little later
-meets another server (with one engine guidellm, whose requests drift apart, sees 6 to 9 % longer tokens than the two which keep in step).
+Compared are means over requests (in a closed loop on one engine the times to the first token fall into groups, and a median into one or the
+other) of the time to the first token and of the time of each later token ((last - first) / (tokens - 1), which the two others call inter
+token latency), and output tokens a second. Two questions are kept apart:
+
+* *Does a tool report what happened?* Between it and the server stands a relay that notes what crosses the wire (`wire_tap`), and each of its
+  numbers is set beside the same number from the wire.
+* *Do two tools make the same load?* With ``--load rate`` (requests evenly, whatever the server does) they do. With ``--load closed`` (4 at a
+  time) the server meets whatever the tool makes of that: the wire also tells how many were in flight, and how many prefills of others a
+  request met while it decoded, which is what makes its tokens longer on one engine.
+
+One definition differs: aiperf counts its seconds from the start of its schedule, one gap before the first request, so that with ``--load rate``
+its output tokens a second are low by that gap.
 """
 
 from __future__ import annotations
@@ -28,11 +36,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from wire_tap import numbers, tap
+
 from sagellm.bench.workload import Arrival, prompt_of
 
 MODEL = "smollm2:135m"
 PROMPT_TOKENS, OUTPUT_TOKENS, CONCURRENCY = 256, 64, 4
 METRICS = ("ttft_ms", "tpot_ms", "output_tokens_per_s", "prompt_tokens")
+LOAD = {"closed": ("in_flight", "prefills_met", "think_ms"), "rate": ("in_flight", "prefills_met")}
+PEERS = ("guidellm", "aiperf")
 SAGE_LLM = str(Path(sys.executable).with_name("sage-llm"))
 Tool = Callable[[str, Path], dict[str, float]]
 
@@ -41,7 +53,6 @@ Tool = Callable[[str, Path], dict[str, float]]
 def mock_server(scale: float) -> Iterator[str]:
     """A server over the simulated device; yields its URL."""
     command = [SAGE_LLM, "serve", "--mock", MODEL, "--port", "0", "--mock-scale", str(scale), "--no-prefix-cache"]
-    command += ["--engines", str(CONCURRENCY), "--routing", "least_loaded"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         try:
             for line in server.stdout or ():
@@ -58,6 +69,7 @@ class Round:
 
     def __init__(self, seed: int, requests: int, arguments: argparse.Namespace) -> None:
         self.seed, self.requests, self.arguments = seed, requests, arguments
+        self.rate = str(arguments.rate)
         arrival = Arrival(None, PROMPT_TOKENS, OUTPUT_TOKENS)
         self.prompts = [prompt_of(arrival, i, seed) for i in range(requests)]
 
@@ -74,12 +86,13 @@ class Round:
     def isagellm(self, url: str, folder: Path) -> dict[str, float]:
         """Our own; its prompts follow from the seed."""
         sizes = ["--prompt-tokens", str(PROMPT_TOKENS), "--output-tokens", str(OUTPUT_TOKENS)]
-        load = ["--concurrency", str(CONCURRENCY), "--requests", str(self.requests), "--seed", str(self.seed)]
+        load = ["--requests", str(self.requests), "--seed", str(self.seed)]
+        load += self._load(["--concurrency", str(CONCURRENCY)], ["--pattern", "constant", "--rate", self.rate])
         run([SAGE_LLM, "bench", "serve", MODEL, "--url", url, *sizes, *load, "--output", str(folder)])
         got = json.loads((folder / "run.json").read_text())["summary"]
         return {
-            "ttft_ms": got["ttft_ms"]["p50"],
-            "tpot_ms": got["tpot_ms"]["p50"],
+            "ttft_ms": got["ttft_ms"]["mean"],
+            "tpot_ms": got["tpot_ms"]["mean"],
             "output_tokens_per_s": got["output_tokens_per_s"],
             "prompt_tokens": got["prompt_tokens"] / got["requests"],
         }
@@ -89,15 +102,16 @@ class Round:
         self._write(folder / "prompts.jsonl", "prompt", "output_tokens_count")
         backend = f"kind=openai_http,target={url},model={MODEL},request_format=/v1/completions"
         command = [self.arguments.guidellm, "run", "--backend", backend, "--disable-console"]
-        command += ["--profile", f"kind=concurrent,streams={CONCURRENCY}"]
+        profile = self._load([f"kind=concurrent,streams={CONCURRENCY}"], [f"kind=constant,rate={self.rate}"])
+        command += ["--profile", *profile]
         command += ["--constraint", f"kind=max_requests,count={self.requests}"]
         command += ["--tokenizer", f"kind=huggingface_auto,model={self.arguments.tokenizer}"]
         command += ["--data", f"kind=json_file,path={folder / 'prompts.jsonl'}"]
         run([*command, "--output", f"kind=json,path={folder / 'run.json'}"])
         got = json.loads((folder / "run.json").read_text())["benchmarks"][0]["metrics"]
         return {
-            "ttft_ms": got["time_to_first_token_ms"]["successful"]["median"],
-            "tpot_ms": got["inter_token_latency_ms"]["successful"]["median"],
+            "ttft_ms": got["time_to_first_token_ms"]["successful"]["mean"],
+            "tpot_ms": got["inter_token_latency_ms"]["successful"]["mean"],
             "output_tokens_per_s": got["output_tokens_per_second"]["successful"]["mean"],
             "prompt_tokens": got["prompt_token_count"]["successful"]["mean"],
         }
@@ -108,18 +122,23 @@ class Round:
         command = [self.arguments.aiperf, "profile", "--model", MODEL, "--url", url, "--endpoint-type", "completions"]
         command += ["--streaming", "--tokenizer", self.arguments.tokenizer, "--use-server-token-count", "--ui", "none"]
         command += ["--input-file", str(folder / "prompts.jsonl"), "--custom-dataset-type", "single_turn"]
-        command += ["--concurrency", str(CONCURRENCY), "--request-count", str(self.requests)]
+        command += ["--request-count", str(self.requests)]
+        rate = ["--request-rate", self.rate, "--arrival-pattern", "constant"]
+        command += self._load(["--concurrency", str(CONCURRENCY)], rate)
         command += ["--warmup-request-count", "4", "--output-artifact-dir", str(folder)]
         for extra in ("ignore_eos:true", f"max_tokens:{OUTPUT_TOKENS}", "temperature:0"):
             command += ["--extra-inputs", extra]
         run(command)
         got = json.loads((folder / "profile_export_aiperf.json").read_text())
         return {
-            "ttft_ms": got["time_to_first_token"]["p50"],
-            "tpot_ms": got["inter_token_latency"]["p50"],
+            "ttft_ms": got["time_to_first_token"]["avg"],
+            "tpot_ms": got["inter_token_latency"]["avg"],
             "output_tokens_per_s": got["output_token_throughput"]["avg"],
             "prompt_tokens": got["usage_prompt_tokens"]["avg"],
         }
+
+    def _load(self, closed: list[str], rate: list[str]) -> list[str]:
+        return closed if self.arguments.load == "closed" else rate
 
     def _write(self, path: Path, prompt: str, length: str) -> None:
         rows = (json.dumps({prompt: text, length: OUTPUT_TOKENS}) for text in self.prompts)
@@ -135,34 +154,48 @@ def run(command: list[str]) -> None:
 
 
 def one_round(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run every tool once; a round's seed is its number."""
+    """Run every tool once; a round's seed is its number. The relay also sees warm-up requests, which come first."""
     done = arguments.out.read_text().count("\n") if arguments.out.exists() else 0
     this = Round(done, arguments.requests, arguments)
-    with mock_server(arguments.mock_scale) as url, tempfile.TemporaryDirectory() as root:
-        out: dict[str, Any] = {}
+    with mock_server(arguments.mock_scale) as server, tempfile.TemporaryDirectory() as root:
+        out: dict[str, Any] = {"load": arguments.load}
         for name, tool in this.tools().items():
             folder = Path(root) / name
             folder.mkdir()
-            out[name] = tool(url, folder)
+            with tap(server) as (url, seen):
+                said = tool(url, folder)
+            measured = sorted(seen, key=lambda exchange: exchange.arrived)[-this.requests :]
+            out[name] = {"said": said, "wire": numbers(measured, CONCURRENCY)}
         return out
 
 
 def report(rounds: list[dict[str, Any]]) -> str:
-    """Medians of each tool over the rounds, and the median of the rounds' ratios of ours to each other's."""
-    lines = [f"{len(rounds)} rounds, {CONCURRENCY} at a time, {PROMPT_TOKENS} -> {OUTPUT_TOKENS} tokens"]
+    """For each load: what each tool said beside what crossed the wire, and the same of two tools beside each other; medians over rounds."""
+    return "\n".join(
+        line for load in ("rate", "closed") for line in _of_load(load, [r for r in rounds if r["load"] == load])
+    )
+
+
+def _of_load(load: str, rounds: list[dict[str, Any]]) -> Iterator[str]:
+    if not rounds:
+        return
+    yield f"{load}: {len(rounds)} rounds, {PROMPT_TOKENS} -> {OUTPUT_TOKENS} tokens, one engine"
+    tools = ("isagellm", *PEERS)
     for metric in METRICS:
-        values = {name: statistics.median(r[name][metric] for r in rounds) for name in rounds[0]}
-        ratios = {
-            name: statistics.median(r["isagellm"][metric] / r[name][metric] for r in rounds)
-            for name in ("guidellm", "aiperf")
+        said = {t: statistics.median(r[t]["said"][metric] for r in rounds) for t in tools}
+        wire = {t: statistics.median(r[t]["said"][metric] / r[t]["wire"][metric] for r in rounds) for t in tools}
+        ours = {
+            t: statistics.median(r["isagellm"]["said"][metric] / r[t]["said"][metric] for r in rounds) for t in PEERS
         }
-        lines.append(
-            f"{metric:<20} "
-            + "  ".join(f"{name} {values[name]:8.2f}" for name in ("isagellm", "guidellm", "aiperf"))
+        yield (
+            f"  {metric:<20} "
+            + "  ".join(f"{t} {said[t]:8.2f} ({wire[t]:.3f} of the wire)" for t in tools)
             + "  ours/theirs "
-            + "  ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
+            + "  ".join(f"{t} {ours[t]:.3f}" for t in PEERS)
         )
-    return "\n".join(lines)
+    for number in LOAD[load]:
+        values = {t: statistics.median(r[t]["wire"][number] for r in rounds) for t in tools}
+        yield f"  {number:<20} " + "  ".join(f"{t} {values[t]:8.2f}" for t in tools)
 
 
 def main() -> None:
@@ -171,6 +204,8 @@ def main() -> None:
     parser.add_argument("--guidellm", default="guidellm")
     parser.add_argument("--aiperf", default="aiperf")
     parser.add_argument("--tokenizer", help="directory with the model's tokenizer.json")
+    parser.add_argument("--load", choices=("closed", "rate"), default="closed")
+    parser.add_argument("--rate", type=float, default=1.5, help="requests a second, for --load rate")
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--mock-scale", type=float, default=6.0)
     parser.add_argument("--out", type=Path, default=Path("bench_agreement.jsonl"))

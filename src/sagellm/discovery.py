@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sagellm_protocol.errors import UnavailableError
 
-__all__ = ["CHAT_PORTS", "EMBEDDING_PORTS", "Endpoint", "find_endpoint", "model_kind"]
+__all__ = ["CHAT_PORTS", "EMBEDDING_PORTS", "Endpoint", "Kind", "find_endpoint", "model_kind"]
 
 Kind = Literal["chat", "embedding"]
 

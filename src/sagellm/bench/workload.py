@@ -1,4 +1,4 @@
-"""What is asked, and when: open loop (Poisson, trace) and closed loop. Deterministic by seed."""
+"""What is asked, and when: open loop (Poisson, even, trace) and closed loop. Deterministic by seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from sagellm_protocol.errors import InvalidArgumentError
 
-__all__ = ["Arrival", "Workload", "closed_loop", "poisson", "prompt_of", "trace"]
+__all__ = ["Arrival", "Workload", "closed_loop", "open_loop", "prompt_of", "trace"]
 
 _WORDS = [
     "time",
@@ -115,18 +115,25 @@ def closed_loop(
     return Workload(f"closed loop, {concurrency} at a time", (one,) * requests, concurrency, seed)
 
 
-def poisson(
-    *, requests: int, rate: float, prompt_tokens: int, output_tokens: int, shared_tokens: int = 0, seed: int = 0
+def open_loop(
+    *,
+    requests: int,
+    rate: float,
+    prompt_tokens: int,
+    output_tokens: int,
+    shared_tokens: int = 0,
+    seed: int = 0,
+    evenly: bool = False,
 ) -> Workload:
-    """Return requests with exponential gaps: `rate` a second on average, whatever the server does."""
+    """Return requests that arrive at `rate` a second whatever the server does: with exponential gaps (Poisson), or `evenly`."""
     if rate <= 0:
         raise InvalidArgumentError(f"rate is {rate}: it must be above 0", param="rate")
     draw = random.Random(seed)  # noqa: S311 - a workload, not a secret
     at, out = 0.0, []
     for _ in range(requests):
-        at += draw.expovariate(rate)
+        at += 1 / rate if evenly else draw.expovariate(rate)
         out.append(Arrival(at, prompt_tokens, output_tokens, 0, shared_tokens))
-    return Workload(f"Poisson, {rate:g}/s", tuple(out), None, seed)
+    return Workload(f"{'evenly' if evenly else 'Poisson'}, {rate:g}/s", tuple(out), None, seed)
 
 
 def trace(path: Path, *, requests: int, speedup: float = 1.0, longest: int = 1 << 30, seed: int = 0) -> Workload:

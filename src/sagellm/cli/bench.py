@@ -23,7 +23,12 @@ Url = Annotated[
         "--url", help="An OpenAI-compatible server, such as http://127.0.0.1:8889/v1 [the engine in this process]."
     ),
 ]
-Model = Annotated[str, typer.Argument(help="The model: as the server names it, or what to load here.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="As the server names it, or what to load here [the server's first chat model, or smollm2:135m]."
+    ),
+]
 Requests = Annotated[int, typer.Option(min=1, help="How many requests.")]
 PromptTokens = Annotated[int, typer.Option(min=1, help="Prompt length, tokens (about).")]
 OutputTokens = Annotated[int, typer.Option(min=1, help="Output length, tokens (exactly).")]
@@ -31,7 +36,9 @@ Shared = Annotated[int, typer.Option("--shared-prefix", min=0, help="Tokens at t
 Warmup = Annotated[int, typer.Option(min=0, help="Requests before the measured ones.")]
 Seed = Annotated[int, typer.Option(help="The same seed sends the same prompts at the same times.")]
 Out = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for run.json, requests.csv and plot.svg.")]
-ApiKey = Annotated[str | None, typer.Option("--api-key", help="Bearer token for --url.")]
+ApiKey = Annotated[
+    str | None, typer.Option("--api-key", help="Bearer token for --url [SAGE_UNIFIED_API_KEY, else your own server's].")
+]
 SloTtft = Annotated[float, typer.Option("--slo-ttft", help="Milliseconds to the first token that count as good.")]
 SloTpot = Annotated[float, typer.Option("--slo-tpot", help="Milliseconds for each later token that count as good.")]
 Extra = Annotated[
@@ -48,7 +55,10 @@ def bench() -> None:
 def serve(
     model: Model = "",
     url: Url = None,
-    rate: Annotated[float | None, typer.Option(help="Requests a second, Poisson (open loop).")] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests a second (open loop).")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="How they arrive at --rate: poisson or constant [poisson].")
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Replay a trace: Mooncake .jsonl or Azure .csv (open loop).")
     ] = None,
@@ -72,11 +82,15 @@ def serve(
     mock: flags.Mock = False,
     mock_scale: flags.MockSpeed = None,
 ) -> None:
-    """Load a server as users do: Poisson arrivals, a trace, or a fixed number at a time."""
+    """Load a server as users do: arrivals at a rate, a trace, or a fixed number at a time."""
     from sagellm.bench import workload as work
 
     if sum(x is not None for x in (rate, trace, concurrency)) != 1:
         raise InvalidArgumentError("choose one of --rate, --trace and --concurrency")
+    if pattern not in {None, "poisson", "constant"} or (pattern and rate is None):
+        raise InvalidArgumentError(
+            f"--pattern {pattern}: it is poisson or constant, and belongs to --rate", param="pattern"
+        )
     sizes = {
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
@@ -84,7 +98,7 @@ def serve(
         "seed": seed,
     }
     if rate is not None:
-        load = work.poisson(requests=requests, rate=rate, **sizes)
+        load = work.open_loop(requests=requests, rate=rate, evenly=pattern == "constant", **sizes)
     elif trace is not None:
         load = work.trace(trace, requests=requests, speedup=speedup, longest=longest, seed=seed)
     else:
@@ -291,8 +305,9 @@ async def _run(
     fields: dict[str, Any],
     changes: dict[str, Any],
 ) -> tuple[list[Any], str]:
-    from sagellm.async_client import with_v1
+    from sagellm.async_client import first_model_of, with_v1
     from sagellm.bench.runner import run_workload
+    from sagellm.cli.admin import key_for
     from sagellm.embedded import EmbeddedTransport
     from sagellm.transport import HttpTransport, RetryPolicy, Timeouts, Transport
 
@@ -301,13 +316,13 @@ async def _run(
         embedded = await EmbeddedTransport.start(model, engine=changes)
         transport, model = embedded, embedded.model
     else:
+        base = url if urlsplit(url).path.strip("/") else with_v1(url)
         transport = HttpTransport(
-            url if urlsplit(url).path.strip("/") else with_v1(url),
-            api_key=api_key,
+            base,
+            api_key=key_for(base, api_key),
             timeouts=Timeouts(total=600, between_events=600),
             retries=RetryPolicy(attempts=1),
         )
-        model = model or str((await transport.get("/models"))["data"][0]["id"])
     shown = sys.stderr.isatty()
 
     def progress(done: int) -> None:
@@ -315,6 +330,7 @@ async def _run(
             sys.stderr.write(f"\r{done} of {len(load.arrivals)}" + ("\n" if done == len(load.arrivals) else ""))
 
     try:
+        model = model or await first_model_of(transport, "chat")
         return await run_workload(transport, model, load, warmup=warmup, options=fields, on_done=progress), model
     finally:
         await transport.close()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sagellm.cli.admin import ApiKey
+from sagellm.cli.admin import ApiKey, base_url, key_for
 from sagellm.cli.common import single
 from sagellm.cli.run import DEFAULT_SYSTEM
 
@@ -29,7 +29,10 @@ def chat(
     from sagellm.client import UnifiedInferenceClient
 
     given: dict[str, Any] = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
-    with UnifiedInferenceClient.create(url, model, timeout=None, api_key=api_key) as client:
+    key = key_for(base_url(url), api_key)
+    if url is None and key is not None and not api_key:
+        url = base_url(None)  # a key is of one server: others on this machine are not asked with it
+    with UnifiedInferenceClient.create(url, model, timeout=None, api_key=key) as client:
         served = model or client.first_model()
 
         def switch(name: str) -> str:

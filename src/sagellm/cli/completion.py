@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sagellm import store
 from sagellm.cli.common import single
 from sagellm_protocol.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from sagellm.cli.main import Command
 
 _BASH = """_sage_llm() {
     local line="${COMP_LINE:0:COMP_POINT}" current="" colon="" IFS=$' \\t\\n'
@@ -67,7 +69,7 @@ def following(typed: list[str]) -> list[str]:
     command = COMMANDS.get(name)
     if command is None:
         return []
-    out = _options(command, typed[1:]) if command.entry == "app" else []
+    out = _options(command, typed[1:])
     if name in _TAKES_MODEL:
         out += [model.name for model in store.installed()]
     if name == "pull":
@@ -75,15 +77,15 @@ def following(typed: list[str]) -> list[str]:
     return out
 
 
-def _options(command: Any, typed: list[str]) -> list[str]:
-    root: Any = typer.main.get_command(getattr(importlib.import_module(command.module), command.entry))
-    commands: dict[str, Any] = getattr(root, "commands", {})
-    if commands:
-        chosen = next((word for word in typed if word in commands), None)
-        if chosen is None:
-            return sorted(commands)
-        root = commands[chosen]
-    return [flag for parameter in root.params for flag in parameter.opts if flag.startswith("--")] + ["--help"]
+def _options(command: Command, typed: list[str]) -> list[str]:
+    from sagellm.cli.parameters import parameters_of, subcommands_of
+
+    commands = subcommands_of(command)
+    chosen = next((word for word in typed if word in commands), None)
+    if commands and chosen is None:
+        return sorted(commands)
+    flags = [flag for parameter in parameters_of(command, chosen) for flag in parameter.flags if flag.startswith("--")]
+    return [*flags, "--help"]
 
 
 app = single(completion)

@@ -17,17 +17,20 @@ def explain(
     as_json: Annotated[bool, JsonOption] = False,
 ) -> None:
     """Say what an error means and what cures it."""
+    if whole and (code or as_json):
+        raise InvalidArgumentError("--page prints the whole catalogue as Markdown: drop the rest", param="page")
+    if code is not None and code not in CATALOGUE:
+        raise InvalidArgumentError(f"no error has the code {code!r}: sage-llm explain lists them", param="code")
+    entries = list(CATALOGUE.values()) if code is None else [CATALOGUE[code]]
+    rows = [{"code": e.code, "message": e.fragment, "cause": e.cause, "cure": e.cure} for e in entries]
     if whole:
         print(page(), end="")
-    elif code is not None:
-        entry = CATALOGUE.get(code)
-        if entry is None:
-            raise InvalidArgumentError(f"no error has the code {code!r}: sage-llm explain lists them", param="code")
-        print(f"{entry.code}: … {entry.fragment} …\ncause: {entry.cause}\ncure:  {entry.cure}")
     elif as_json:
-        print_json([{"code": e.code, "cause": e.cause, "cure": e.cure} for e in CATALOGUE.values()])
+        print_json(rows if code is None else rows[0])
+    elif code is None:
+        print_table(("CODE", "CAUSE"), [(e.code, e.cause) for e in entries])
     else:
-        print_table(("CODE", "CAUSE"), [(e.code, e.cause) for e in CATALOGUE.values()])
+        print(f"{code}: … {entries[0].fragment} …\ncause: {entries[0].cause}\ncure:  {entries[0].cure}")
 
 
 app = single(explain)

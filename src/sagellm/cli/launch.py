@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sagellm.cli.common import single
+from sagellm.cli.common import print_json, print_table, single
 from sagellm_protocol.errors import InvalidArgumentError
 
 
@@ -28,42 +27,64 @@ class Target:
 
 
 def launch(
-    program: Annotated[str, typer.Argument(help="llm, aider, codex, opencode or openwebui.")],
+    program: Annotated[
+        str, typer.Argument(help="llm, aider, codex, opencode or openwebui; without it they are listed.")
+    ] = "",
     model: Annotated[str, typer.Option("--model", "-m", help="The model that it is to use.")] = "smollm2:135m",
     url: Annotated[str, typer.Option("--url", help="Our server.")] = "http://127.0.0.1:8889/v1",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the change and stop.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: the change, whether it was written, how to start. Does not ask.")
+    ] = False,
 ) -> None:
     """Write that program's configuration for our server."""
+    if not program:
+        _list(as_json=as_json)
+        return
     target = TARGETS.get(program)
     if target is None:
         raise InvalidArgumentError(f"cannot set up {program!r}: use one of {', '.join(TARGETS)}", param="program")
+    if as_json and not (yes or dry_run):
+        raise InvalidArgumentError("--json does not ask: pass --yes or --dry-run with it", param="json")
     path = target.path()
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
     after = target.change(before, model, url)
-    if before == after:
-        print(f"{path} has it already. Start with: {target.start.format(model=model, path=path)}")
-        return
-    sys.stdout.writelines(
-        difflib.unified_diff(before.splitlines(True), after.splitlines(True), str(path), f"{path} (new)")
-    )
-    if dry_run:
-        return
-    if not yes:
-        typer.confirm(f"Write {path}?", abort=True)
-    _write(path, before, after)
-    print(f"Start with: {target.start.format(model=model, path=path)}")
+    start = target.start.format(model=model, path=path)
+    diff = "".join(difflib.unified_diff(before.splitlines(True), after.splitlines(True), str(path), f"{path} (new)"))
+    if not as_json:
+        print(diff or f"{path} has it already.", end="" if diff else "\n")
+    if diff and not dry_run:
+        if not yes:
+            typer.confirm(f"Write {path}?", abort=True)
+        backup = _write(path, before, after)
+        if backup is not None and not as_json:
+            print(f"the old one is in {backup}")
+    if as_json:
+        written = bool(diff) and not dry_run
+        print_json({"program": program, "path": str(path), "diff": diff, "written": written, "start": start})
+    elif not (diff and dry_run):
+        print(f"Start with: {start}")
 
 
-def _write(path: Path, before: str, after: str) -> None:
+def _list(*, as_json: bool) -> None:
+    rows = [{"program": name, "path": str(target.path()), "start": target.start} for name, target in TARGETS.items()]
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(("PROGRAM", "CONFIGURATION"), [(row["program"], row["path"]) for row in rows])
+
+
+def _write(path: Path, before: str, after: str) -> Path | None:
+    """Write the file in one step and return where the old one is, if there was one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if before:
-        backup = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.bak")
+    backup = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.bak") if before else None
+    if backup is not None:
         backup.write_text(before, encoding="utf-8")
-        print(f"the old one is in {backup}")
     fresh = path.with_name(f".{path.name}.new")
     fresh.write_text(after, encoding="utf-8")
     fresh.replace(path)
+    return backup
 
 
 def _config_home() -> Path:

@@ -27,6 +27,8 @@ def logs(
     from sagellm_control_plane.live.engine_log import EngineLog, log_path
     from sagellm_control_plane.live.process_driver import ProcessOptions
 
+    if follow and (as_json or engine is None):
+        raise InvalidArgumentError("--follow prints the lines of one engine: name it, and drop --json", param="follow")
     options = ProcessOptions.default()
     if engine is None:
         _list(options.log_dir, as_json=as_json)

@@ -21,12 +21,13 @@ PROGRAM = "sage-llm"
 
 
 class Command(NamedTuple):
-    """Where a command lives and what it does, in one line."""
+    """Where a command lives and what it does, in one line; `parser` makes the argument parser of one that is no typer application."""
 
     module: str
     help: str
     group: str
     entry: str = "app"
+    parser: str = ""
 
 
 _TALK, _MODELS, _OPERATE = "Talk", "Models", "Operate"
@@ -49,7 +50,7 @@ COMMANDS: dict[str, Command] = {
     "bench": Command("sagellm.cli.bench", "Measure a server, an engine or its quality, compare two runs", _OPERATE),
     "demo": Command("sagellm.cli.demo", "Measure this machine by a year's workload and judge the numbers", _OPERATE),
     "simulate": Command(
-        "sagellm_control_plane.sim.command", "Run a trace through the policies, simulated", _OPERATE, "main"
+        "sagellm_control_plane.sim.command", "Run a trace through the policies, simulated", _OPERATE, "main", "parser"
     ),
     "profile": Command("sagellm.cli.profile", "Measure an engine for the simulator", _OPERATE),
     "info": Command("sagellm.cli.info", "Show this installation and machine", _OPERATE),
@@ -60,8 +61,16 @@ COMMANDS: dict[str, Command] = {
     "logs": Command("sagellm.cli.logs", "Show what engine processes wrote", _OPERATE),
     "protocol": Command("sagellm.cli.protocol", "Write the JSON Schema of all types: protocol schema", _OPERATE),
     "config": Command("sagellm.cli.config", "Show settings and where they come from", _OPERATE),
-    "migrate": Command("sagellm.migrate.cli", "Rewrite a code base from the old names to the new", _OPERATE, "migrate"),
-    "arch": Command("sagellm.migrate.cli", "Check a code base against the architecture's rules", _OPERATE, "arch"),
+    "migrate": Command(
+        "sagellm.migrate.cli",
+        "Rewrite a code base from the old names to the new",
+        _OPERATE,
+        "migrate",
+        "migrate_parser",
+    ),
+    "arch": Command(
+        "sagellm.migrate.cli", "Check a code base against the architecture's rules", _OPERATE, "arch", "arch_parser"
+    ),
     "launch": Command("sagellm.cli.launch", "Set llm, aider, codex, opencode or openwebui up for our server", _OPERATE),
     "explain": Command("sagellm.cli.explain", "Say what an error means and what cures it", _OPERATE),
     "completion": Command("sagellm.cli.completion", "Print the completion script of bash, zsh or fish", _OPERATE),

@@ -35,10 +35,11 @@ class Meter:
         self._first: float | None = None
         self._last = 0.0
         self._usage: dict[str, int] = {}
+        self._pieces = 0
 
     def asked(self) -> None:
         """A question goes out now."""
-        self._asked, self._first, self._usage = time.perf_counter(), None, {}
+        self._asked, self._first, self._usage, self._pieces = time.perf_counter(), None, {}, 0
 
     def saw(self, delta: Delta) -> None:
         """Count a piece of the answer."""
@@ -46,13 +47,14 @@ class Meter:
         if delta.text or delta.reasoning or delta.tool_calls:
             self._first = self._first or now
             self._last = now
+            self._pieces += 1
         if delta.usage:
             self._usage = delta.usage
 
     @property
     def tokens(self) -> int:
-        """Tokens of the answer, as the engine counted them."""
-        return self._usage.get("completion_tokens", 0)
+        """Tokens of the answer, as the engine counted them; of one that was stopped the pieces that came, mostly a token each."""
+        return self._usage.get("completion_tokens", self._pieces)
 
     @property
     def rate(self) -> float:
@@ -63,11 +65,12 @@ class Meter:
     def report(self, human_bytes: Callable[[float], str]) -> str:
         """Return the numbers, one a line."""
         first = self._first or time.perf_counter()
+        prompt = f" ({self._usage['prompt_tokens']} prompt tokens)" if "prompt_tokens" in self._usage else ""
         since_command = () if self._conversation else (f"command to first token  {first - self._base:.2f} s",)
         return "\n".join(
             (
                 *since_command,
-                f"question to first token {1000 * (first - self._asked):.0f} ms ({self._usage.get('prompt_tokens', 0)} prompt tokens)",
+                f"question to first token {1000 * (first - self._asked):.0f} ms{prompt}",
                 f"decode                  {self.rate:.1f} tokens/s ({self.tokens} tokens)",
                 f"peak resident memory    {human_bytes(resident_bytes())}",
             )

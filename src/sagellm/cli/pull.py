@@ -44,6 +44,9 @@ def pull(
         stored = fetch(model, name=name, sha256=sha256, progress=bar)
     finally:
         bar.finish()
+    if as_json:
+        print_json({"name": stored.name, "path": str(stored.path), "bytes": stored.size_bytes})
+        return
     print(f"{stored.name} is ready: {human_bytes(stored.size_bytes)} in {stored.path}")
     for notice in CATALOG[stored.name].notices if stored.name in CATALOG else ():
         print(notice)

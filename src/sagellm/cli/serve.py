@@ -63,6 +63,16 @@ def serve(
             rich_help_panel=_CONTROL,
         ),
     ] = False,
+    engine_file: Annotated[
+        str | None,
+        typer.Option(
+            help="JSON or TOML list of engines that others run; followed while it changes.", rich_help_panel=_CONTROL
+        ),
+    ] = None,
+    discover: Annotated[
+        bool,
+        typer.Option("--discover", help="Look for servers of other makers on local ports.", rich_help_panel=_CONTROL),
+    ] = False,
     state: Annotated[
         str | None,
         typer.Option(

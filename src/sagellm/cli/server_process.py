@@ -66,7 +66,8 @@ class ServeOptions:
         """
         from sagellm import compose
 
-        return [compose.engine_config(model, self.changes, name=name) for name, model in self.models]
+        shared = len(self.models) > 1
+        return [compose.engine_config(model, self.changes, name=name, shared=shared) for name, model in self.models]
 
 
 def serve_until_stopped(options: ServeOptions) -> None:

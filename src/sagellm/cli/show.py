@@ -17,10 +17,10 @@ def show(
 ) -> None:
     """Show architecture, parameters, context, quantisation, template and licence of a model."""
     facts = describe(model)
-    if template:
+    if template and not as_json:
         print(facts["template"] or "(none: the text is sent as it is)")
     elif as_json:
-        print_json(facts)
+        print_json({"template": facts["template"]} if template else facts)
     else:
         facts["template"] = f"{len(facts['template'])} characters (--template prints it)" if facts["template"] else "-"
         facts["parameters"] = f"{facts['parameters'] / 1e6:.1f} M"

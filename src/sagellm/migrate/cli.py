@@ -13,11 +13,11 @@ from typing import Any
 
 from sagellm.migrate.tree import FileReport, find_files, is_dirty, migrate_tree
 
-__all__ = ["arch", "migrate"]
+__all__ = ["arch", "arch_parser", "migrate", "migrate_parser"]
 
 
-def migrate(argv: Sequence[str]) -> int:
-    """Run ``sage-llm migrate``; returns the exit code: 0 clean, 1 something is left, 2 wrong usage."""
+def migrate_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``sage-llm migrate``."""
     parser = argparse.ArgumentParser(
         prog="sage-llm migrate",
         description="Rewrite a code base from isage-llm-core / isage-llm-gateway (sage.llm) to isagellm. In a git tree with "
@@ -31,6 +31,35 @@ def migrate(argv: Sequence[str]) -> int:
     mode.add_argument("--write", action="store_true", help="write even if the git tree is dirty")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="processes (default: one for each core)")
+    return parser
+
+
+def arch_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``sage-llm arch``."""
+    from sagellm.migrate.arch import PROFILES
+
+    parser = argparse.ArgumentParser(
+        prog="sage-llm arch",
+        description="Check a code base: no import of a deprecated path, and the layer rules of a profile or a TOML table.",
+        epilog="exit codes: 0 clean; 1 findings; 2 wrong usage",
+    )
+    parser.add_argument("path", type=Path, help="a folder or a file")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--profile", choices=sorted(PROFILES), default="consumer", help="ready-made rules (default: consumer)"
+    )
+    source.add_argument("--rules", type=Path, metavar="FILE", help="a TOML file with an [arch] table")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument(
+        "--format", choices=("text", "json", "sarif"), default="text", help="of the findings (default: text)"
+    )
+    output.add_argument("--json", action="store_const", const="json", dest="format", help="print the findings as JSON")
+    return parser
+
+
+def migrate(argv: Sequence[str]) -> int:
+    """Run ``sage-llm migrate``; returns the exit code: 0 clean, 1 something is left, 2 wrong usage."""
+    parser = migrate_parser()
     args = parser.parse_args(argv)
     if not args.path.exists():
         parser.error(f"{args.path} does not exist: give a folder or a file")
@@ -61,17 +90,7 @@ def arch(argv: Sequence[str]) -> int:
     """Run ``sage-llm arch``; returns the exit code: 0 clean, 1 findings, 2 wrong usage."""
     from sagellm.migrate.arch import PROFILES, check_tree, load_rules
 
-    parser = argparse.ArgumentParser(
-        prog="sage-llm arch",
-        description="Check a code base: no import of a deprecated path, and the layer rules of a profile or a TOML table.",
-    )
-    parser.add_argument("path", type=Path, help="a folder or a file")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--profile", choices=sorted(PROFILES), default="consumer", help="ready-made rules (default: consumer)"
-    )
-    source.add_argument("--rules", type=Path, metavar="FILE", help="a TOML file with an [arch] table")
-    parser.add_argument("--format", choices=("text", "json", "sarif"), default="text")
+    parser = arch_parser()
     args = parser.parse_args(argv)
     if not args.path.exists():
         parser.error(f"{args.path} does not exist: give a folder or a file")

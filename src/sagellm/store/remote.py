@@ -8,15 +8,17 @@
 ``ms:org/repo/f.gguf`` from the ModelScope server that ``SAGELLM_MODELSCOPE_ENDPOINT`` names
 ==================== =============================================================================================
 
-A download that was interrupted goes on with a range request.
+A download that was interrupted goes on with a range request, which the server answers only for the file that it was of.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -111,30 +113,101 @@ def _continue(url: str, partial: Path, report: Report, headers: dict[str, str], 
 
 
 def _stream(url: str, partial: Path, report: Report, headers: dict[str, str]) -> bool:
+    """Fetch what is missing, or everything where the part that is here may be of another file."""
     import httpx2
 
-    have = _size(partial)
-    asked = {**headers, "accept-encoding": "identity", **({"range": f"bytes={have}-"} if have else {})}
+    part = _Part.of(partial, url)
+    asked = {**headers, "accept-encoding": "identity", **part.ask()}
     with httpx2.stream("GET", url, headers=asked, follow_redirects=True, timeout=30.0) as response:
-        if response.status_code == 416:  # nothing is left: the file was whole already
-            return True
         if response.status_code in {401, 403, 404}:
             raise ModelNotFoundError(
                 f"{url} answers {response.status_code}: check the address (and the access token)", param="model"
             )
-        if not response.is_success:
+        if response.status_code == 416 and part.is_whole(response.headers):
+            return True
+        if response.status_code in {206, 416} and part.have:
+            fits = response.status_code == 206 and part.is_continued_by(response.headers)
+        elif response.status_code == 200:  # all of it: the file is another one now, or the server knows no ranges
+            part = _Part(partial, url)
+            part.begin(response.headers)
+            fits = True
+        else:
             raise UnavailableError(f"{url} answers {response.status_code}: try again later")
-        if response.status_code == 200:
-            have = 0  # the server knows no ranges: from the beginning
-        total = have + int(response.headers.get("content-length", 0))
-        with partial.open("ab" if have else "wb") as out:
-            for chunk in response.iter_raw():  # as it arrives: what is here counts when it breaks off
-                out.write(chunk)
-                have += len(chunk)
-                report(f"fetching {partial.name.removesuffix('.partial')}", have, total)
-    if total and have != total:
-        raise ModelFileError(f"{have} of {total} bytes of {partial.name} arrived: pull again")
+        if fits:
+            return _take(response, part, report)
+    partial.unlink()
+    return _stream(url, partial, report, headers)
+
+
+def _take(response: Any, part: _Part, report: Report) -> bool:
+    name, total = part.file.name.removesuffix(".partial"), part.total
+    with part.file.open("ab") as out:
+        for chunk in response.iter_raw():  # as it arrives: what is here counts when it breaks off
+            out.write(chunk)
+            part.have += len(chunk)
+            report(f"fetching {name}", part.have, total)
+    if total and part.have != total:
+        raise ModelFileError(f"{part.have} of {total} bytes of {name} arrived: pull again")
     return True
+
+
+@dataclass
+class _Part:
+    """What an earlier attempt left, and of which file it is: a file that has changed since is not glued to it (RFC 9110, 13.1.5).
+
+    Attributes:
+        file: the bytes so far.
+        url: where they came from.
+        have: how many there are.
+        total: of the whole file; 0 where the server did not say.
+        validator: the strong ETag or the date by which the server knows that version; empty where it gave none.
+    """
+
+    file: Path
+    url: str
+    have: int = 0
+    total: int = 0
+    validator: str = ""
+
+    @classmethod
+    def of(cls, file: Path, url: str) -> _Part:
+        """Return the part in `file` if it is known to come from `url`, else an empty one."""
+        try:
+            note = json.loads(cls(file, url)._note.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return cls(file, url)
+        if note["url"] != url:
+            return cls(file, url)
+        return cls(file, url, _size(file), note["total"], note["validator"])
+
+    @property
+    def _note(self) -> Path:
+        return self.file.with_name(self.file.name + ".origin")
+
+    def ask(self) -> dict[str, str]:
+        """Return the headers that ask for the rest."""
+        if not self.have:
+            return {}
+        return {"range": f"bytes={self.have}-", **({"if-range": self.validator} if self.validator else {})}
+
+    def begin(self, headers: Mapping[str, str]) -> None:
+        """Note which file comes now; bytes of an earlier one go first."""
+        self.file.write_bytes(b"")
+        tag = headers.get("etag", "")
+        self.validator = tag if tag.startswith('"') else headers.get("last-modified", "")
+        self.total = int(headers.get("content-length", 0))
+        note = {"url": self.url, "total": self.total, "validator": self.validator}
+        self._note.write_text(json.dumps(note), encoding="utf-8")
+
+    def is_continued_by(self, headers: Mapping[str, str]) -> bool:
+        """Whether a partial answer begins where this ends, in a file of the same length."""
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("content-range", ""))
+        same = found is not None and (not self.total or found[2] in {"*", str(self.total)})
+        return found is not None and same and int(found[1]) == self.have
+
+    def is_whole(self, headers: Mapping[str, str]) -> bool:
+        """Whether an answer without a rest says that the file is as long as this."""
+        return headers.get("content-range", "") == f"bytes */{self.have}"
 
 
 def _size(path: Path) -> int:

@@ -122,8 +122,8 @@ class Engines:
         return self._driver is not None and self._catalog is not None and model_id in self._catalog.models()
 
     def models(self) -> list[str]:
-        """Models that some registered engine serves."""
-        return sorted(self._chat_models)
+        """Models that some registered engine serves, in the order in which they came: the first is what callers get who name none."""
+        return list(self._chat_models)
 
     # -- engines that others run -----------------------------------------------------------------------------------
 

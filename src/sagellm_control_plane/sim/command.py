@@ -17,37 +17,41 @@ from sagellm_control_plane.sim.report import compare, table
 from sagellm_control_plane.sim.traces import SimRequest, poisson, read_trace
 from sagellm_protocol.errors import InvalidArgumentError, SageError
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+_POLICIES = "round_robin,least_loaded,lmetric,predicted_latency,adaptive"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
+    out = argparse.ArgumentParser(
         prog="sage-llm simulate",
         description="Run a trace through the control plane's own policies and simulated engines.",
     )
-    parser.add_argument("--trace", type=Path, help="a Mooncake .jsonl or an Azure .csv; without it: Poisson arrivals")
-    parser.add_argument("--rate", type=float, default=4.0, help="requests a second without a trace")
-    parser.add_argument("--requests", type=int, default=2000, help="requests without a trace")
-    parser.add_argument("--prompt-tokens", type=int, default=2000, help="mean prompt length without a trace")
-    parser.add_argument("--output-tokens", type=int, default=200, help="mean output length without a trace")
-    parser.add_argument("--policy", default="round_robin,least_loaded,lmetric,predicted_latency,adaptive")
-    parser.add_argument("--engines", type=int, default=8)
-    parser.add_argument("--speedup", default="1", help="how many times closer arrivals come, several with commas")
-    parser.add_argument(
+    out.add_argument("--trace", type=Path, help="a Mooncake .jsonl or an Azure .csv; without it: Poisson arrivals")
+    out.add_argument("--rate", type=float, default=4.0, help="requests a second without a trace [4]")
+    out.add_argument("--requests", type=int, default=2000, help="requests without a trace [2000]")
+    out.add_argument("--prompt-tokens", type=int, default=2000, help="mean prompt length without a trace [2000]")
+    out.add_argument("--output-tokens", type=int, default=200, help="mean output length without a trace [200]")
+    out.add_argument("--policy", default=_POLICIES, help=f"what is compared, several with commas [{_POLICIES}]")
+    out.add_argument("--engines", type=int, default=8, help="simulated engines, all of one model [8]")
+    out.add_argument("--speedup", default="1", help="how many times closer arrivals come, several with commas [1]")
+    out.add_argument(
         "--faults", default="", help="kind[:engine]@seconds[=value], several with commas, engines are e0, e1, ..."
     )
-    parser.add_argument("--ttft", type=float, default=2.0, help="objective, seconds")
-    parser.add_argument("--tpot", type=float, default=0.06, help="objective, seconds")
-    parser.add_argument("--constants", type=Path, help="engine constants as JSON, as `sage-llm profile` writes them")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write all numbers there")
-    parser.add_argument("--plot", type=Path, help="write an SVG of goodput over load there")
-    return parser
+    out.add_argument("--ttft", type=float, default=2.0, help="objective, seconds to the first token [2]")
+    out.add_argument("--tpot", type=float, default=0.06, help="objective, seconds for each later token [0.06]")
+    out.add_argument("--constants", type=Path, help="engine constants as JSON, as `sage-llm profile` writes them")
+    out.add_argument("--seed", type=int, default=0, help="the same seed gives the same numbers [0]")
+    out.add_argument("--json", type=Path, help="write all numbers there")
+    out.add_argument("--plot", type=Path, help="write an SVG of goodput over load there")
+    return out
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     try:
         return _run(options)
     except OSError as error:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from sagellm.bench.compare import compare, differences, load_run
 from sagellm.bench.report import SLO, percentile, summarize
 from sagellm.bench.runner import Record
-from sagellm.bench.workload import Arrival, closed_loop, poisson, prompt_of, trace
+from sagellm.bench.workload import Arrival, closed_loop, open_loop, prompt_of, trace
 from sagellm_protocol.errors import InvalidArgumentError
 
 
@@ -58,14 +58,14 @@ def test_a_run_without_any_answer_has_numbers() -> None:
 
 def test_poisson_arrivals_have_the_rate_and_the_seed() -> None:
     """Gaps are exponential with the wanted mean, and the same seed gives the same times."""
-    load = poisson(requests=4000, rate=50, prompt_tokens=8, output_tokens=8, seed=3)
+    load = open_loop(requests=4000, rate=50, prompt_tokens=8, output_tokens=8, seed=3)
     times = [a.at_s for a in load.arrivals]
     gaps = np.diff(np.array(times, dtype=float))
     assert gaps.mean() == pytest.approx(1 / 50, rel=0.05)
     assert gaps.std() == pytest.approx(1 / 50, rel=0.08)
-    assert load == poisson(requests=4000, rate=50, prompt_tokens=8, output_tokens=8, seed=3)
+    assert load == open_loop(requests=4000, rate=50, prompt_tokens=8, output_tokens=8, seed=3)
     with pytest.raises(InvalidArgumentError):
-        poisson(requests=1, rate=0, prompt_tokens=1, output_tokens=1)
+        open_loop(requests=1, rate=0, prompt_tokens=1, output_tokens=1)
 
 
 def test_traces_of_both_kinds_are_read(tmp_path: Path) -> None:

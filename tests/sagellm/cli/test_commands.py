@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import re
@@ -15,7 +16,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from sagellm import catalogue, settings
+from sagellm import UnifiedInferenceClient, catalogue, settings
+from sagellm.cli import own_key
 from sagellm.cli.completion import following
 from sagellm.cli.failures import describe
 from sagellm.cli.launch import TARGETS
@@ -179,6 +181,43 @@ def test_keys_from_a_file_open_the_server(start_server: Any, tmp_path: Path) -> 
     )
 
 
+def test_own_commands_need_no_key(start_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may write the server's state operates it without being told a key; who may not is told what to type, and so is another user."""
+    mine, theirs = ({"XDG_STATE_HOME": str(tmp_path / name), "SAGE_UNIFIED_API_KEY": ""} for name in ("mine", "theirs"))
+    server = start_server("--mock", env=mine)
+    url = ("--url", server.root_url)
+    assert own_key.own_key(server.base_url) is None, "no keys, none needed"
+    run("keys", "add", "somebody", env=mine)
+    assert "READY" in run("ps", *url, env=mine).stdout
+    file = tmp_path / "mine" / "isagellm" / "gateway.key"
+    assert file.stat().st_mode & 0o777 == 0o600
+    first = file.read_text()
+    assert run("chat", "mock", *url, "--max-tokens", "3", env=mine, stdin="hello").stdout.strip()
+    refused = run("ps", *url, env=theirs)
+    assert refused.returncode == 1
+    assert "no API key" in refused.stderr
+    assert "keys add NAME --role admin" in refused.stderr
+    run("keys", "revoke", f"commands of {getpass.getuser()}", env=mine)
+    assert "READY" in run("ps", *url, env=mine).stdout
+    assert file.read_text() != first
+    monkeypatch.setenv("XDG_STATE_HOME", mine["XDG_STATE_HOME"])
+    assert own_key.own_key(server.base_url) == file.read_text().strip()
+    assert own_key.own_key("http://192.0.2.1:8889/v1") is None
+    assert own_key.own_key("http://example.org/v1") is None
+    monkeypatch.setattr(own_key.os, "getuid", lambda: 12345)
+    assert own_key.own_key(server.base_url) is None, "the listener is another user's"
+
+
+def test_the_first_served_model_is_taken_where_none_is_named(start_server: Any) -> None:
+    """Of several models the one that was named first answers: in the client, in chat and in bench."""
+    server = start_server("--mock", "zebra=mock", "ant=mock")
+    with UnifiedInferenceClient(server.base_url) as client:
+        assert client.models() == ["zebra", "ant"]
+        assert client.first_model() == "zebra"
+    done = run("bench", "latency", "--url", server.root_url, "--requests", "1", "--output-tokens", "2", "--json")
+    assert json.loads(done.stdout)["model"] == "zebra"
+
+
 @pytest.mark.slow
 @pytest.mark.model
 def test_a_running_server_is_operated(start_server: Any) -> None:
@@ -218,6 +257,8 @@ def test_completion_offers_what_may_follow() -> None:
     assert "revoke" in following(["keys"])
     assert "--state" in following(["keys", "add"])
     assert "--kv-dtype" in following(["serve"])
+    assert "--speedup" in following(["simulate"])
+    assert {"--check", "--json"} <= set(following(["migrate"]))
     assert "smollm2:135m" in following(["pull"])
     assert following(["nonesuch"]) == []
     for shell in ("bash", "zsh", "fish"):
@@ -269,6 +310,9 @@ def test_launch_shows_writes_and_keeps_a_backup(program: str, tmp_path: Path) ->
     shown = run("launch", program, "--dry-run", env=env)
     assert shown.returncode == 0, shown.stderr
     assert "+" in shown.stdout
+    as_json = json.loads(run("launch", program, "--dry-run", "--json", env=env).stdout)
+    assert as_json["diff"] == shown.stdout
+    assert not as_json["written"]
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
     assert run("launch", program, "--yes", "--model", "first", env=env).returncode == 0
     assert run("launch", program, "--yes", "--model", "second", env=env).returncode == 0
@@ -277,6 +321,14 @@ def test_launch_shows_writes_and_keeps_a_backup(program: str, tmp_path: Path) ->
     assert "first" not in written.read_text()
     assert list(tmp_path.rglob("*.bak"))
     assert "has it already" in run("launch", program, "--yes", "--model", "second", env=env).stdout
+
+
+def test_launch_lists_the_programs(tmp_path: Path) -> None:
+    """Without a program they are listed, with where each keeps its configuration; JSON never waits for an answer."""
+    rows = json.loads(run("launch", "--json", env={"HOME": str(tmp_path)}).stdout)
+    assert [row["program"] for row in rows] == list(TARGETS)
+    assert all(row["program"] in run("launch").stdout for row in rows)
+    assert "--yes or --dry-run" in run("launch", "llm", "--json", env={"HOME": str(tmp_path)}).stderr
 
 
 def test_launch_leaves_other_settings_alone(tmp_path: Path) -> None:

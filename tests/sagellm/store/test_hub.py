@@ -84,8 +84,11 @@ class Hub:
         wanted = handler.headers.get("range")
         self.ranges.append(wanted)
         self.tokens.append(handler.headers.get("authorization"))
-        rest = self.files[name][int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0 :]
+        start, whole = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0, len(self.files[name])
+        rest = self.files[name][start:]
         handler.send_response(206 if wanted else 200)
+        if wanted:
+            handler.send_header("content-range", f"bytes {start}-{whole - 1}/{whole}")
         handler.send_header("content-length", str(len(rest)))
         handler.end_headers()
         if self.stall_at is not None:

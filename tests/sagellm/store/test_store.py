@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import http.server
+import json
 import os
 import shutil
 import signal
@@ -271,12 +272,18 @@ def test_errors_of_the_store_are_in_the_tree() -> None:
 
 
 class RangeServer:
-    """Serves one file over HTTP, with ranges; breaks the connection off after `break_after` bytes, as often as it is told."""
+    """Serves one file over HTTP, with ranges; breaks the connection off after `break_after` bytes, as often as it is told.
 
-    def __init__(self, content: bytes, break_after: int = 0, breaks: int = 0) -> None:
+    Attributes:
+        content: what it serves; may be changed.
+        tag: the ETag; empty sends none, and then ranges are served whatever the client knows.
+        asked: the range headers of requests, in order.
+    """
+
+    def __init__(self, content: bytes, break_after: int = 0, breaks: int = 0, tag: str = "") -> None:
         outer = self
         self.asked: list[str | None] = []
-        self.breaks = breaks
+        self.content, self.breaks, self.tag = content, breaks, tag
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -285,9 +292,16 @@ class RangeServer:
                     return
                 wanted = self.headers.get("range")
                 outer.asked.append(wanted)
+                if outer.tag and self.headers.get("if-range", outer.tag) != outer.tag:
+                    wanted = None
                 start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
-                rest = content[start:]
-                self.send_response(206 if wanted else 200)
+                whole, rest = len(outer.content), outer.content[start:]
+                self.send_response((206 if rest else 416) if wanted else 200)
+                if wanted:
+                    span = f"{start}-{whole - 1}" if rest else "*"
+                    self.send_header("content-range", f"bytes {span}/{whole}")
+                if outer.tag:
+                    self.send_header("etag", outer.tag)
                 self.send_header("content-length", str(len(rest)))
                 self.end_headers()
                 if outer.breaks:
@@ -322,6 +336,40 @@ def test_a_download_goes_on_where_it_broke_off(monkeypatch: pytest.MonkeyPatch) 
         assert stored.name == "tiny:latest"
         assert server.asked[0] is None
         assert all(asked is not None for asked in server.asked[1:])
+
+
+@pytest.mark.parametrize("tags", [('"one"', '"two"'), ("", "")])
+@pytest.mark.parametrize("size", [500_000, 900_000, 200_000])
+def test_a_file_that_changed_is_not_glued_to_an_old_part(
+    tags: tuple[str, str], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was interrupted is of that version alone: a file that has changed since, by its tag or its length, is fetched from its beginning."""
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    old, new = b"GGUF" + bytes(600_000), b"GGUF" + b"\1" * size
+    with RangeServer(old, break_after=100_000, breaks=4, tag=tags[0]) as server:
+        with pytest.raises(UnavailableError, match="400000 bytes here"):
+            pull(server.url)
+        server.content, server.tag, server.breaks = new, tags[1], 0
+        assert pull(server.url).path.read_bytes() == new
+
+
+def test_a_part_that_is_the_whole_file_is_taken_as_it_is(tmp_path: Path) -> None:
+    """Killed after the last byte and before the file had its name: the server has nothing more to send, and the file is whole."""
+    content = b"GGUF" + bytes(5000)
+    with RangeServer(content, tag='"one"') as server:
+        remote.download(server.url, tmp_path / "a.gguf", lambda *_: None)
+        (tmp_path / "a.gguf").rename(tmp_path / "a.gguf.partial")
+        assert remote.download(server.url, tmp_path / "a.gguf", lambda *_: None).read_bytes() == content
+        assert server.asked == [None, f"bytes={len(content)}-"]
+
+
+def test_a_part_of_another_address_is_not_gone_on_with(tmp_path: Path) -> None:
+    """The same name in the store from another address: nothing of the first is used."""
+    with RangeServer(b"GGUF" + bytes(5000)) as server:
+        (tmp_path / "a.gguf.partial").write_bytes(b"XXXX")
+        (tmp_path / "a.gguf.partial.origin").write_text(json.dumps({"url": "x", "total": 5004, "validator": ""}))
+        assert remote.download(server.url, tmp_path / "a.gguf", lambda *_: None).read_bytes() == server.content
+        assert server.asked == [None]
 
 
 def test_a_url_with_another_content_is_refused() -> None:
