@@ -2,8 +2,15 @@
 
 #include <algorithm>
 #include <fstream>
+#include <limits>
 #include <sched.h>
 #include <string>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace sage {
 namespace {
@@ -19,13 +26,22 @@ inline void relax() {
 #endif
 }
 
-void wait_while(std::atomic<int>& value, int old) {
-  for (int i = 0; i < kSpins; i++) {
-    if (value.load(std::memory_order_acquire) != old) return;
-    relax();
-  }
-  while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+#if defined(__linux__)
+
+void sleep_while(std::atomic<int>& value, int old) {
+  syscall(SYS_futex, &value, FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
 }
+
+void wake_all(std::atomic<int>& value) {
+  syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, std::numeric_limits<int>::max(), nullptr, nullptr, 0);
+}
+
+#else
+
+void sleep_while(std::atomic<int>& value, int old) { value.wait(old); }
+void wake_all(std::atomic<int>& value) { value.notify_all(); }
+
+#endif
 
 int quota_v2() {
   std::ifstream file("/sys/fs/cgroup/cpu.max");
@@ -54,40 +70,53 @@ int allowed_threads() {
   return std::max(1, threads);
 }
 
+void Gate::wait_while(int old) {
+  for (int i = 0; i < kSpins; i++) {
+    if (value() != old) return;
+    relax();
+  }
+  // Whoever opens the gate either sees that somebody sleeps, or has changed the value before the kernel compares it.
+  sleepers_.fetch_add(1);
+  while (value_.load() == old) sleep_while(value_, old);
+  sleepers_.fetch_sub(1, std::memory_order_relaxed);
+}
+
+void Gate::open(int value) {
+  value_.store(value);
+  if (sleepers_.load() > 0) wake_all(value_);
+}
+
 ThreadPool::ThreadPool(int threads) {
   for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
 }
 
 ThreadPool::~ThreadPool() {
   stopping_ = true;
-  started_.fetch_add(1, std::memory_order_release);
-  started_.notify_all();
+  started_.open(started_.value() + 1);
   for (auto& worker : workers_) worker.join();
 }
 
 void ThreadPool::run(const std::function<void(int)>& body) {
   body_ = &body;
-  started_.fetch_add(1, std::memory_order_release);
-  started_.notify_all();
+  started_.open(started_.value() + 1);
   body(0);
   barrier();
 }
 
 void ThreadPool::barrier() {
   if (workers_.empty()) return;
-  const int round = passed_.load(std::memory_order_relaxed);
+  const int round = passed_.value();
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size() - 1) {
     arrived_.store(0, std::memory_order_relaxed);
-    passed_.store(round + 1, std::memory_order_release);
-    passed_.notify_all();
+    passed_.open(round + 1);
   } else {
-    wait_while(passed_, round);
+    passed_.wait_while(round);
   }
 }
 
 void ThreadPool::work(int thread) {
   for (int seen = 0;; seen++) {
-    wait_while(started_, seen);
+    started_.wait_while(seen);
     if (stopping_) return;
     (*body_)(thread);
     barrier();

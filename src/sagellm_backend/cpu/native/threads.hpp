@@ -1,5 +1,8 @@
 // A pool that runs one function on all of its threads. Waiting spins for a moment, then sleeps in the kernel: several
 // engines on the same cores share them instead of burning them.
+//
+// It never yields in between, as `std::atomic::wait` does: two threads that find themselves on one core would hand it to each
+// other for seconds, beside an idle one, because only a thread that wakes up is given a new core at once.
 #pragma once
 
 #include <atomic>
@@ -8,6 +11,22 @@
 #include <vector>
 
 namespace sage {
+
+// A number that threads wait on.
+class alignas(64) Gate {
+ public:
+  int value() const { return value_.load(std::memory_order_acquire); }
+
+  // Return when the value is no longer `old`.
+  void wait_while(int old);
+
+  // Change the value and wake who sleeps. Called by one thread at a time.
+  void open(int value);
+
+ private:
+  std::atomic<int> value_{0};
+  std::atomic<int> sleepers_{0};
+};
 
 class ThreadPool {
  public:
@@ -31,9 +50,9 @@ class ThreadPool {
   std::vector<std::thread> workers_;
   const std::function<void(int)>* body_ = nullptr;
   bool stopping_ = false;
-  alignas(64) std::atomic<int> started_{0};   // runs begun; workers wait on it
-  alignas(64) std::atomic<int> arrived_{0};   // threads in the barrier
-  alignas(64) std::atomic<int> passed_{0};    // barriers completed
+  Gate started_;                             // runs begun; workers wait on it
+  alignas(64) std::atomic<int> arrived_{0};  // threads in the barrier
+  Gate passed_;                              // barriers completed
 };
 
 // Threads that this process may use: the affinity mask, cut by the cgroup's CPU quota (rounded up).
