@@ -32,9 +32,17 @@ def page() -> str:
 
 
 def options(parameters: list[Parameter]) -> str:
-    """Return the table of a command's arguments and options."""
-    rows = [f"| `{', '.join(p.flags) or p.name.upper()}` | {p.help.replace('|', chr(92) + '|')} |" for p in parameters]
+    """Return the table of a command's arguments and options, in their groups."""
+    rows = []
+    for group in dict.fromkeys(["", *(p.group for p in parameters)]):
+        rows += [f"| **{group}** | |"] if group else []
+        rows += [row(p) for p in parameters if p.group == group]
     return "\n".join(["| option | what |", "|---|---|", *rows, ""]) if rows else ""
+
+
+def row(p: Parameter) -> str:
+    """Return a parameter's line."""
+    return f"| `{', '.join(p.flags) or p.name.upper()}` | {p.help.replace('|', chr(92) + '|')} |"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 RECORDINGS = {
     "run": [
         'sage-llm run smollm2:135m "What is the capital of France?" --verbose',
-        'sage-llm run smollm2:135m "Name three colours." --seed 1 --max-tokens 60',
+        'sage-llm run smollm2:135m "What are the primary colours?" --seed 1 --max-tokens 60',
     ],
     "models": ["sage-llm pull --catalog", "sage-llm list", "sage-llm show smollm2:135m"],
     "doctor": ["sage-llm doctor --offline", "sage-llm explain port-in-use"],
@@ -44,7 +44,7 @@ def svg(sessions: list[tuple[str, list[str]]]) -> str:
     lines: list[tuple[str, str]] = []
     for command, output in sessions:
         lines.append(("command", f"$ {command}"))
-        lines += [("output", line[: COLUMNS + 30]) for line in output]
+        lines += [("output", part) for line in output for part in wrapped(line)]
         lines.append(("output", ""))
     width, height = 9 * COLUMNS, TOP + LINE * len(lines) + 8
     out = [
@@ -58,6 +58,11 @@ def svg(sessions: list[tuple[str, list[str]]]) -> str:
         fill = "#93c5fd" if kind == "command" else STYLES.get(first, "#e5e7eb")
         out.append(f'<text x="16" y="{TOP + LINE * k}" fill="{fill}" xml:space="preserve">{escape(line)}</text>')
     return "\n".join([*out, "</svg>", ""])
+
+
+def wrapped(line: str) -> list[str]:
+    """Return `line` as a terminal shows it: broken where its columns end."""
+    return [line[k : k + COLUMNS] for k in range(0, len(line), COLUMNS)] or [""]
 
 
 def main() -> None:

@@ -200,7 +200,7 @@ _ALL = (
         "port-in-use",
         "is in use: stop the other server",
         "Another program listens on the port.",
-        "`--port 0` takes a free one; `sage-llm doctor` shows who is there.",
+        "`--port 0` takes a free one; `sage-llm doctor` says who is there.",
     ),
     Entry(
         "open-door",

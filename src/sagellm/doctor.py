@@ -20,6 +20,7 @@ from typing import Literal
 
 from sagellm import store
 from sagellm._version import __version__
+from sagellm.listeners import listeners
 from sagellm.mixed_wheels import cure, old_distributions
 from sagellm.store.layout import MANIFEST
 from sagellm_protocol.errors import SageError
@@ -332,9 +333,13 @@ def _listening(port: int) -> bool:
 
 @_check("port 8889")
 def _port_gateway() -> tuple[State, str, str]:
-    if _listening(8889):
-        return "warn", "something listens there already", "sage-llm serve --port 0 takes a free one"
-    return "ok", "free for sage-llm serve", ""
+    if not _listening(8889):
+        return "ok", "free for sage-llm serve", ""
+    known = [listener for listener in listeners(8889) if listener.pid]
+    if any(re.search(r"\b(sage-?llm|sagellm\S*)\b", listener.command) for listener in known):
+        return "ok", f"a server of ours is there, pid {known[0].pid}", ""
+    who = f"pid {known[0].pid} ({known[0].command[:60]})" if known else "a program of another user"
+    return "warn", f"{who} listens there already", "sage-llm serve --port 0 takes a free one"
 
 
 @_check("discovery ports")

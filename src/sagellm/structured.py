@@ -68,7 +68,7 @@ def _tool(function: Callable[..., Any]) -> dict[str, Any]:
         "function": {
             "name": function.__name__,
             "description": inspect.getdoc(function) or "",
-            "parameters": _schema(msgspec.defstruct("Parameters", fields, kw_only=True)),
+            "parameters": _schema(msgspec.defstruct("Parameters", fields, kw_only=True, forbid_unknown_fields=True)),
         },
     }
 

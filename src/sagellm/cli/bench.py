@@ -62,15 +62,17 @@ def serve(
     trace: Annotated[
         Path | None, typer.Option(help="Replay a trace: Mooncake .jsonl or Azure .csv (open loop).")
     ] = None,
-    speedup: Annotated[float, typer.Option(min=0.001, help="Replay the trace that much faster.")] = 1.0,
+    speedup: Annotated[float | None, typer.Option(min=0.001, help="Replay the trace that much faster [1].")] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="That many at a time (closed loop).")] = None,
     requests: Requests = 100,
-    prompt_tokens: PromptTokens = 128,
-    output_tokens: OutputTokens = 64,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Prompt length, tokens (about) [128].")] = None,
+    output_tokens: Annotated[int | None, typer.Option(min=1, help="Output length, tokens (exactly) [64].")] = None,
     longest: Annotated[
-        int, typer.Option(min=1, help="Cut the trace's prompts and outputs to that many tokens.")
-    ] = 2048,
-    shared_prefix: Shared = 0,
+        int | None, typer.Option(min=1, help="Cut the trace's prompts and outputs to that many tokens [2048].")
+    ] = None,
+    shared_prefix: Annotated[
+        int | None, typer.Option(min=0, help="Tokens at the beginning that all prompts share [0].")
+    ] = None,
     warmup: Warmup = 4,
     seed: Seed = 0,
     slo_ttft: SloTtft = 2000.0,
@@ -91,16 +93,22 @@ def serve(
         raise InvalidArgumentError(
             f"--pattern {pattern}: it is poisson or constant, and belongs to --rate", param="pattern"
         )
+    of_trace = {"speedup": speedup, "longest": longest}
+    of_rest = {"prompt-tokens": prompt_tokens, "output-tokens": output_tokens, "shared-prefix": shared_prefix}
+    for name, value in (of_trace if trace is None else of_rest).items():
+        if value is not None:
+            what = "the trace says how long requests are" if trace is not None else "it belongs to --trace"
+            raise InvalidArgumentError(f"--{name}: {what}: drop it", param=name)
     sizes = {
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": output_tokens,
-        "shared_tokens": shared_prefix,
+        "prompt_tokens": prompt_tokens or 128,
+        "output_tokens": output_tokens or 64,
+        "shared_tokens": shared_prefix or 0,
         "seed": seed,
     }
     if rate is not None:
         load = work.open_loop(requests=requests, rate=rate, evenly=pattern == "constant", **sizes)
     elif trace is not None:
-        load = work.trace(trace, requests=requests, speedup=speedup, longest=longest, seed=seed)
+        load = work.trace(trace, requests=requests, speedup=speedup or 1.0, longest=longest or 2048, seed=seed)
     else:
         load = work.closed_loop(requests=requests, concurrency=concurrency or 1, **sizes)
     _measure("serve", model, url, load, warmup, (slo_ttft, slo_tpot), output, api_key, extra, as_json, mock, mock_scale)
@@ -261,14 +269,16 @@ def _measure(
 ) -> None:
     from sagellm.bench import report
 
-    if mock and url:
+    if (mock or mock_scale is not None) and url:
         raise InvalidArgumentError(
-            "--mock simulates an engine here, --url names a server: drop one of them", param="mock"
+            "--mock and --mock-scale simulate an engine here, --url names a server: drop one of them", param="mock"
         )
+    if api_key and not url:
+        raise InvalidArgumentError("--api-key is of a server: pass --url with it, or drop it", param="api_key")
     model = model or ("mock" if mock else "" if url else "smollm2:135m")
     if url is None:
         flags.ensure_model(model)
-    changes = flags.engine_changes(mock_scale=mock_scale, backend="mock" if mock and model != "mock" else None)
+    changes = flags.engine_changes(model=model, mock=mock, mock_scale=mock_scale)
     records, served = asyncio.run(_run(model, url, load, warmup, api_key, _fields(extra), changes))
     slo = report.SLO(slo_ms[0] / 1000, slo_ms[1] / 1000)
     run = {

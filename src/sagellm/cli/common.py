@@ -9,12 +9,29 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import typer
+from typer.core import TyperCommand
 
 __all__ = ["JsonOption", "ProgressBar", "human_bytes", "new_app", "print_json", "print_table", "single"]
 
 _F = TypeVar("_F", bound=Callable[..., None])
 
 JsonOption = typer.Option("--json", help="Print JSON.")
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose options are listed in their groups (``rich_help_panel``), in plain text."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments, options without a group, then each group."""
+        groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            if (row := parameter.get_help_record(ctx)) is not None:
+                kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                groups.setdefault(getattr(parameter, "rich_help_panel", None) or kind, []).append(row)
+        for name, rows in groups.items():
+            if rows:
+                with formatter.section(name):
+                    formatter.write_dl(rows)
 
 
 def new_app() -> typer.Typer:
@@ -27,7 +44,7 @@ def new_app() -> typer.Typer:
 def single(function: _F) -> typer.Typer:
     """Return an application whose only command is `function`."""
     app = new_app()
-    app.command()(function)
+    app.command(cls=GroupedCommand)(function)
     return app
 
 

@@ -33,7 +33,9 @@ def demo(
     chosen = model or ("mock" if mock else "smollm2:135m")
     flags.ensure_model(chosen)
     changes = flags.engine_changes(
-        backend="mock" if mock and chosen != "mock" else backend,
+        model=chosen,
+        mock=mock,
+        backend=backend,
         threads=threads,
         quant=quant,
         kv_dtype=kv_dtype,

@@ -157,6 +157,8 @@ def bytes_of(text: str, flag: str) -> int:
 
 def engine_changes(
     *,
+    model: str = "",
+    mock: bool = False,
     ctx: int | None = None,
     parallel: int | None = None,
     max_batch_tokens: int | None = None,
@@ -177,10 +179,26 @@ def engine_changes(
 ) -> dict[str, Any]:
     """Return the flags that were given as changes to an `EngineConfig`, group by group.
 
+    With `mock` the device of `model` is simulated, unless that is the mock model, which has no other.
+
     Raises:
-        InvalidArgumentError: a value that cannot be read.
+        InvalidArgumentError: a value that cannot be read, or a flag without the one that it belongs to.
         ModelNotFoundError: the draft model is not on this machine.
     """
+    if mock and backend not in {None, "mock"}:
+        raise InvalidArgumentError(
+            f"--mock simulates the device, --backend {backend} does not: drop one", param="backend"
+        )
+    if mock and model != "mock":
+        backend = "mock"
+    for flag, given, owner, there in (
+        ("--mock-scale", mock_scale, "--mock", mock or "mock" in {model, backend}),
+        ("--script", script, "--mock", mock or "mock" in {model, backend}),
+        ("--spill-size", spill_bytes, "--spill", spill is not None),
+        ("--draft-model", draft_model, "--spec draft", spec in {None, "draft"}),
+    ):
+        if given is not None and not there:
+            raise InvalidArgumentError(f"{flag} belongs to {owner}: pass that too, or drop it", param=flag[2:])
     groups: dict[str, dict[str, Any]] = {}
 
     def put(group: str, name: str, value: Any) -> None:

@@ -12,6 +12,7 @@ import typer
 
 from sagellm import settings
 from sagellm.cli.common import JsonOption, new_app, print_json, print_table
+from sagellm.cli.own_key import own_name
 from sagellm_protocol.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -92,7 +93,12 @@ def revoke(key: Annotated[str, typer.Argument(help="Id or name.")], state: State
     with _store(state) as store:
         if not store.revoke(key):
             raise InvalidArgumentError(f"no good key is called {key!r}: sage-llm keys list shows them", param="key")
-    print(f"{key} is revoked")
+        left = {each.name for each in store.all() if each.revoked is None}
+        if left == {own_name()}:  # made because there were others: alone it would keep the door shut
+            store.revoke(own_name())
+    print(
+        f"{key} is revoked" + ("" if left - {own_name()} else "; no key is left: whoever reaches the server may call")
+    )
 
 
 @contextmanager

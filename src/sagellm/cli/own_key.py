@@ -3,7 +3,7 @@
 Once a server has keys it demands one of everybody, and the commands of the person who started it should not have to be told. Whoever
 may write the server's state file may make keys there, so this gives nothing that was not theirs: a key of the role admin is made on first
 need, and kept beside the state in a file that nobody else can read. It is sent to a loopback address only, and only where the process
-that listens there is this user's (proc_net_tcp(5)): another user's program on that port does not get to see it.
+that listens there is this user's: another user's program on that port does not get to see it.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ from __future__ import annotations
 import getpass
 import ipaddress
 import os
-import socket
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from sagellm import settings
+from sagellm.listeners import listeners
 
-__all__ = ["own_key"]
+__all__ = ["own_key", "own_name"]
 
 # A running server looks at its keys again after a second.
 _UNTIL_SEEN_S = 1.2
-_LISTEN = "0A"
+
+
+def own_name() -> str:
+    """Return what the key of this user's commands is called."""
+    return f"commands of {getpass.getuser()}"
 
 
 def own_key(url: str) -> str | None:
@@ -42,7 +46,7 @@ def own_key(url: str) -> str | None:
         good = {key.hash for key in keys.all() if key.revoked is None}
         if not good or digest(secret) in good:
             return secret or None
-        _, secret = keys.add(f"commands of {getpass.getuser()}", "admin")
+        _, secret = keys.add(own_name(), "admin")
     finally:
         database.close()
     _keep(file, secret)
@@ -64,14 +68,5 @@ def _is_own(url: str) -> bool:
             return False
     except ValueError:
         return False
-    owners = {uid for family in (socket.AF_INET, socket.AF_INET6) for uid in _listeners(family, parts.port or 80)}
+    owners = {listener.uid for listener in listeners(parts.port or 80)}
     return owners == {os.getuid()}
-
-
-def _listeners(family: socket.AddressFamily, port: int) -> list[int]:
-    """Return the user ids of the sockets that listen on `port`; none where the system does not tell."""
-    table = Path("/proc/net/tcp6" if family is socket.AF_INET6 else "/proc/net/tcp")
-    if not table.is_file():
-        return []
-    rows = [line.split() for line in table.read_text(encoding="ascii").splitlines()[1:]]
-    return [int(row[7]) for row in rows if row[3] == _LISTEN and int(row[1].rpartition(":")[2], 16) == port]

@@ -12,11 +12,12 @@ __all__ = ["Parameter", "parameters_of", "subcommands_of"]
 
 
 class Parameter(NamedTuple):
-    """One argument or option: its flags (an argument has none), its name, and what it is."""
+    """One argument or option: its flags (an argument has none), its name, what it is, and the group that it stands in."""
 
     flags: tuple[str, ...]
     name: str
     help: str
+    group: str = ""
 
 
 def subcommands_of(command: Command) -> dict[str, Any]:
@@ -38,7 +39,12 @@ def parameters_of(command: Command, sub: str | None = None) -> list[Parameter]:
         ]
     it = subcommands_of(command)[sub] if sub else _root(command)
     return [
-        Parameter(tuple(p.opts) if p.opts[0].startswith("-") else (), str(p.name), getattr(p, "help", None) or "")
+        Parameter(
+            tuple(p.opts) if p.opts[0].startswith("-") else (),
+            str(p.name),
+            getattr(p, "help", None) or "",
+            getattr(p, "rich_help_panel", None) or "",
+        )
         for p in it.params
         if p.name != "help" and not getattr(p, "hidden", False)
     ]

@@ -78,7 +78,9 @@ def run(
         ctx=ctx,
         parallel=parallel,
         memory=memory,
-        backend="mock" if mock and model != "mock" else backend,
+        model=model,
+        mock=mock,
+        backend=backend,
         threads=threads,
         quant=quant,
         kv_dtype=kv_dtype,
@@ -95,6 +97,8 @@ def run(
 
         options["response_format"] = response_format(format_)
     prompt = _with_stdin(prompt, stdin)
+    if prompt is None and as_json:
+        raise InvalidArgumentError("--json prints one reply: give a prompt, or pipe it in", param="json")
     _converse(model, changes, system, prompt, options, verbose=verbose, plain=plain, as_json=as_json)
 
 

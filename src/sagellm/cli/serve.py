@@ -153,7 +153,7 @@ def start(given: dict[str, Any], name: str | None = None, *, no_models: bool = F
                 "engine_file": values["engine_file"],
                 "discover": values["discover"],
             },
-            changes=_changes(values, simulated=values["mock"] and wanted != ["mock"]),
+            changes=_changes(values, "mock" if wanted == ["mock"] else ""),
             gateway=_gateway(values),
             grace_s=values["grace"],
             access_log=values["access_log"],
@@ -170,13 +170,15 @@ def _models(given: dict[str, Any], values: dict[str, Any]) -> list[str]:
     return list(values["models"])
 
 
-def _changes(values: dict[str, Any], *, simulated: bool) -> dict[str, Any]:
+def _changes(values: dict[str, Any], model: str) -> dict[str, Any]:
     return flags.engine_changes(
+        model=model,
+        mock=values["mock"],
         ctx=values["ctx"],
         parallel=values["parallel"],
         max_batch_tokens=values["max_batch_tokens"],
         memory=values["memory"],
-        backend="mock" if simulated else values["backend"],
+        backend=values["backend"],
         threads=values["threads"],
         quant=values["quant"],
         kv_dtype=values["kv_dtype"],

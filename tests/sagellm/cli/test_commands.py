@@ -73,6 +73,16 @@ def test_every_command_describes_itself(name: str, capsys: pytest.CaptureFixture
     assert "usage" in capsys.readouterr().out.lower()
 
 
+def test_options_stand_in_their_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    """`serve --help` and the page of the command line show each group of options under its name."""
+    assert main(["serve", "--help"]) == 0
+    groups = re.findall(r"^(\w[\w ]*):$", capsys.readouterr().out, re.MULTILINE)
+    assert {"Arguments", "Network", "Access", "Control plane", "Sizes", "Device", "KV cache"} <= set(groups)
+    assert len(groups) == len(set(groups))
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert all(f"**{group}**" in page for group in set(groups) - {"Arguments", "Options"})
+
+
 def test_doctor_has_twenty_checks_each_with_a_cure(tmp_path: Path) -> None:
     """At least 20 checks run, and every one that is not ok says what mends it."""
     done = run("doctor", "--offline", "--json", env={"SAGELLM_HOME": str(tmp_path / "new")})
@@ -204,8 +214,11 @@ def test_own_commands_need_no_key(start_server: Any, tmp_path: Path, monkeypatch
     assert own_key.own_key(server.base_url) == file.read_text().strip()
     assert own_key.own_key("http://192.0.2.1:8889/v1") is None
     assert own_key.own_key("http://example.org/v1") is None
-    monkeypatch.setattr(own_key.os, "getuid", lambda: 12345)
-    assert own_key.own_key(server.base_url) is None, "the listener is another user's"
+    with monkeypatch.context() as other:
+        other.setattr(own_key.os, "getuid", lambda: 12345)
+        assert own_key.own_key(server.base_url) is None, "the listener is another user's"
+    assert "no key is left" in run("keys", "revoke", "somebody", env=mine).stdout
+    assert all(row["revoked"] for row in json.loads(run("keys", "list", "--json", env=mine).stdout))
 
 
 def test_the_first_served_model_is_taken_where_none_is_named(start_server: Any) -> None:
@@ -231,6 +244,29 @@ def test_a_running_server_is_operated(start_server: Any) -> None:
     assert json.loads(run("engine", "show", "mock", "--json", *url).stdout)["state"] == "READY"
     assert "stopped" in run("stop", "smollm2:135m", *url).stdout
     assert run("chat", "mock", *url, "--max-tokens", "5", stdin="hello").stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("serve --mock-scale 2", "--mock-scale belongs to --mock"),
+        ("serve --script replies.json", "--script belongs to --mock"),
+        ("serve --spill-size 1GB", "--spill-size belongs to --spill"),
+        ("run mock hi --spec ngram --draft-model x", "--draft-model belongs to --spec draft"),
+        ("demo --mock --backend cpu", "--backend cpu does not"),
+        ("bench serve mock --rate 1 --speedup 2", "--speedup: it belongs to --trace"),
+        ("bench serve mock --trace x.jsonl --prompt-tokens 3", "--prompt-tokens: the trace says"),
+        ("bench serve mock --concurrency 1 --pattern constant", "belongs to --rate"),
+        ("bench latency --url http://127.0.0.1:9 --mock-scale 2", "--url names a server"),
+        ("bench latency mock --api-key x", "--api-key is of a server"),
+        ("logs --follow", "name it"),
+        ("explain --page --json", "--page"),
+    ],
+)
+def test_no_flag_is_accepted_and_ignored(line: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flag that means nothing without another, or beside it, is refused by name before anything is loaded."""
+    assert main(line.split()) == 1
+    assert says in capsys.readouterr().err
 
 
 def test_nobody_there_is_one_line() -> None:
