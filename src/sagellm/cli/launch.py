@@ -22,7 +22,7 @@ class Target:
     """A program: where its configuration is, how it is changed, how it is started afterwards."""
 
     path: Callable[[], Path]
-    change: Callable[[str, str, str], str]
+    change: Callable[[str, str, str, str], str]
     start: str
 
 
@@ -32,6 +32,10 @@ def launch(
     ] = "",
     model: Annotated[str, typer.Option("--model", "-m", help="The model that it is to use.")] = "smollm2:135m",
     url: Annotated[str, typer.Option("--url", help="Our server.")] = "http://127.0.0.1:8889/v1",
+    api_key: Annotated[
+        str,
+        typer.Option("--api-key", help="Key that it is to send, where the server wants one (sage-llm keys add NAME)."),
+    ] = "none",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the change and stop.")] = False,
     as_json: Annotated[
@@ -49,7 +53,7 @@ def launch(
         raise InvalidArgumentError("--json does not ask: pass --yes or --dry-run with it", param="json")
     path = target.path()
     before = path.read_text(encoding="utf-8") if path.is_file() else ""
-    after = target.change(before, model, url)
+    after = target.change(before, model, url, api_key)
     start = target.start.format(model=model, path=path)
     diff = "".join(difflib.unified_diff(before.splitlines(True), after.splitlines(True), str(path), f"{path} (new)"))
     if not as_json:
@@ -82,6 +86,9 @@ def _write(path: Path, before: str, after: str) -> Path | None:
     if backup is not None:
         backup.write_text(before, encoding="utf-8")
     fresh = path.with_name(f".{path.name}.new")
+    fresh.touch(mode=0o600)  # it may hold a key
+    if before:
+        fresh.chmod(path.stat().st_mode)
     fresh.write_text(after, encoding="utf-8")
     fresh.replace(path)
     return backup
@@ -101,34 +108,32 @@ def _json(text: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _opencode(before: str, model: str, url: str) -> str:
+def _opencode(before: str, model: str, url: str, key: str) -> str:
     document = _json(before, "opencode.json")
     document.setdefault("$schema", "https://opencode.ai/config.json")
     providers = document.setdefault("provider", {})
     providers["isagellm"] = {
         "npm": "@ai-sdk/openai-compatible",
         "name": "isagellm",
-        "options": {"baseURL": url},
+        "options": {"baseURL": url, "apiKey": key},
         "models": {model: {"name": model}},
     }
     document["model"] = f"isagellm/{model}"
     return json.dumps(document, indent=2) + "\n"
 
 
-def _llm(before: str, model: str, url: str) -> str:
+def _llm(before: str, model: str, url: str, key: str) -> str:
     """`llm` reads extra-openai-models.yaml: a list of mappings; ours is one block between two marks."""
-    return _marked(
-        before, f"- model_id: {json.dumps(model)}\n  model_name: {json.dumps(model)}\n  api_base: {json.dumps(url)}\n"
-    )
+    entry = f"- model_id: {json.dumps(model)}\n  model_name: {json.dumps(model)}\n  api_base: {json.dumps(url)}\n"
+    return _marked(before, f"{entry}  headers: {{Authorization: {json.dumps(f'Bearer {key}')}}}\n")
 
 
-def _aider(before: str, model: str, url: str) -> str:
-    return _marked(
-        before, f"model: {json.dumps('openai/' + model)}\nopenai-api-base: {json.dumps(url)}\nopenai-api-key: none\n"
-    )
+def _aider(before: str, model: str, url: str, key: str) -> str:
+    server = f"openai-api-base: {json.dumps(url)}\nopenai-api-key: {json.dumps(key)}\n"
+    return _marked(before, f"model: {json.dumps('openai/' + model)}\n{server}")
 
 
-def _codex(before: str, model: str, url: str) -> str:
+def _codex(before: str, model: str, url: str, key: str) -> str:
     """In TOML a table ends at the next one: top-level keys go first, our table last."""
     top = f'model = {json.dumps(model)}\nmodel_provider = "isagellm"\n'
     rest = "".join(
@@ -137,11 +142,12 @@ def _codex(before: str, model: str, url: str) -> str:
         if line.split("=")[0].strip() not in {"model", "model_provider"} or "." in line.split("=")[0]
     )
     table = f'[model_providers.isagellm]\nname = "isagellm"\nbase_url = {json.dumps(url)}\nwire_api = "responses"\n'
+    table += f"http_headers = {{ Authorization = {json.dumps(f'Bearer {key}')} }}\n"
     return f"{_BEGIN}\n{top}{_END}\n{rest.rstrip()}\n\n{_BEGIN}\n{table}{_END}\n".replace("\n\n\n", "\n\n")
 
 
-def _openwebui(before: str, model: str, url: str) -> str:
-    return _marked(before, f"OPENAI_API_BASE_URL={url}\nOPENAI_API_KEY=none\nDEFAULT_MODELS={model}\n")
+def _openwebui(before: str, model: str, url: str, key: str) -> str:
+    return _marked(before, f"OPENAI_API_BASE_URL={url}\nOPENAI_API_KEY={key}\nDEFAULT_MODELS={model}\n")
 
 
 _BEGIN, _END = "# begin isagellm", "# end isagellm"

@@ -351,12 +351,14 @@ def test_launch_shows_writes_and_keeps_a_backup(program: str, tmp_path: Path) ->
     assert not as_json["written"]
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
     assert run("launch", program, "--yes", "--model", "first", env=env).returncode == 0
-    assert run("launch", program, "--yes", "--model", "second", env=env).returncode == 0
+    second = ("launch", program, "--yes", "--model", "second", "--api-key", "sk-its-own")
+    assert run(*second, env=env).returncode == 0
     (written,) = [p for p in tmp_path.rglob("*") if p.is_file() and not p.name.endswith(".bak")]
     assert "second" in written.read_text()
     assert "first" not in written.read_text()
+    assert "sk-its-own" in written.read_text()
     assert list(tmp_path.rglob("*.bak"))
-    assert "has it already" in run("launch", program, "--yes", "--model", "second", env=env).stdout
+    assert "has it already" in run(*second, env=env).stdout
 
 
 def test_launch_lists_the_programs(tmp_path: Path) -> None:
