@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from sagellm_protocol.errors import InvalidArgumentError
 
@@ -137,7 +133,7 @@ def open_loop(
 
 
 def trace(path: Path, *, requests: int, speedup: float = 1.0, longest: int = 1 << 30, seed: int = 0) -> Workload:
-    """Return the first `requests` of a trace: Mooncake JSON lines (timestamp in ms) or Azure LLM CSV.
+    """Return the first `requests` of a trace: Mooncake JSON lines or Azure LLM CSV; requests share their first block as the trace says.
 
     Args:
         path: the trace.
@@ -148,52 +144,23 @@ def trace(path: Path, *, requests: int, speedup: float = 1.0, longest: int = 1 <
 
     Raises:
         InvalidArgumentError: not a trace of either kind.
+        OSError: it cannot be read.
     """
-    try:
-        rows = _mooncake(path, requests) if path.suffix in {".jsonl", ".json"} else _azure(path, requests)
-    except (KeyError, ValueError, OSError) as error:
-        raise InvalidArgumentError(
-            f"{path} is not a trace that we read ({error}): Mooncake .jsonl or Azure .csv", param="trace"
-        ) from error
-    if not rows:
-        raise InvalidArgumentError(f"{path} has no requests", param="trace")
-    first = rows[0][0]
+    from sagellm_control_plane.sim.traces import read_trace
+
+    rows = read_trace(path)[:requests]
+    first = rows[0].at
     arrivals = tuple(
         Arrival(
-            (at - first) / speedup,
-            max(1, min(n_in, longest)),
-            max(1, min(n_out, longest)),
-            prefix,
-            min(shared, longest),
+            (row.at - first) / speedup,
+            min(row.prompt_tokens, longest),
+            min(row.output_tokens, longest),
+            int.from_bytes(row.blocks[0], "big") if row.blocks else 0,
+            min(row.block_tokens, longest) if row.blocks else 0,
         )
-        for at, n_in, n_out, prefix, shared in rows
+        for row in rows
     )
     return Workload(f"trace {path.name} ×{speedup:g}", arrivals, None, seed)
-
-
-def _mooncake(path: Path, count: int) -> list[tuple[float, int, int, int, int]]:
-    rows: list[tuple[float, int, int, int, int]] = []
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if len(rows) == count:
-                break
-            row: dict[str, Any] = json.loads(line)
-            hashes = row.get("hash_ids") or [0]
-            rows.append(
-                (row["timestamp"] / 1000, int(row["input_length"]), int(row["output_length"]), int(hashes[0]), 512)
-            )
-    return rows
-
-
-def _azure(path: Path, count: int) -> list[tuple[float, int, int, int, int]]:
-    rows: list[tuple[float, int, int, int, int]] = []
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if len(rows) == count:
-                break
-            at = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
-            rows.append((at, int(row["ContextTokens"]), int(row["GeneratedTokens"]), 0, 0))
-    return rows
 
 
 def prompt_of(arrival: Arrival, index: int, seed: int, words_per_token: float = 1.0) -> str:

@@ -80,7 +80,7 @@ def test_traces_of_both_kinds_are_read(tmp_path: Path) -> None:
         "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,4808,10\n2023-11-16 18:17:04.0319600,12,8\n"
     )
     assert [a.prompt_tokens for a in trace(azure, requests=2).arrivals] == [4808, 12]
-    with pytest.raises(InvalidArgumentError, match="not a trace"):
+    with pytest.raises(InvalidArgumentError, match="line 2 is not of the Azure format"):
         bad = tmp_path / "b.csv"
         bad.write_text("x,y\n1,2\n")
         trace(bad, requests=1)
