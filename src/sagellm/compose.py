@@ -210,13 +210,13 @@ class House:
             peers.on_duty(self._gateway.duty)
             self._gateway.share(peers)
 
-    def key_state(self) -> str:
-        """Return one line on who may call."""
+    def key_state(self) -> tuple[bool, str]:
+        """Return whether a request needs a key, and one line on who may call."""
         keys = self._gateway.keys.all() if self._gateway is not None else []
         good = sum(key.revoked is None for key in keys)
         if good or (self._config is not None and self._config.require_key):
-            return f"{good} good, one is needed (sage-llm keys)"
-        return "none made: whoever reaches this address may call (sage-llm keys add NAME)"
+            return True, f"{good} good, one is needed (sage-llm keys)"
+        return False, "none made: whoever reaches this address may call (sage-llm keys add NAME)"
 
     async def start_engine(self, model_id: str, engine_id: str) -> str:
         """Start an engine process and wait until it serves; return one line about it.

@@ -181,7 +181,7 @@ def _from_environment(setting: Setting, text: str) -> Any:
 
 
 def resolve(flags: Mapping[str, Any] | None = None) -> dict[str, Value]:
-    """Return every setting with its value and origin; flags that are None (or False, or empty) were not given.
+    """Return every setting with its value and origin; flags that are None, or an empty list, were not given.
 
     Raises:
         InvalidArgumentError: the file or a variable cannot be read.
@@ -191,7 +191,7 @@ def resolve(flags: Mapping[str, Any] | None = None) -> dict[str, Value]:
     for name, setting in SETTINGS.items():
         given = (flags or {}).get(name)
         text = os.environ.get(setting.variable)
-        if given is not None and given is not False and given != []:
+        if given is not None and given != []:
             out[name] = Value(given, "flag", setting.flag)
         elif text is not None:
             out[name] = Value(_from_environment(setting, text), "environment", setting.variable)

@@ -21,11 +21,11 @@ def gateway(
         str | None, typer.Option(help="JSON or TOML list of engines that others run; followed while it changes.")
     ] = None,
     discover: Annotated[
-        bool, typer.Option("--discover", help="Look for servers of other makers on local ports.")
-    ] = False,
+        bool | None, typer.Option("--discover/--no-discover", help="Look for servers of other makers on local ports.")
+    ] = None,
     require_key: Annotated[
-        bool, typer.Option("--require-key", help="Demand an API key even if none was made.")
-    ] = False,
+        bool | None, typer.Option("--require-key/--no-require-key", help="Demand an API key even if none was made.")
+    ] = None,
 ) -> None:
     """Serve the gateway and the control plane without a model."""
     given = dict(locals())

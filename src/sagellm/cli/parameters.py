@@ -40,7 +40,7 @@ def parameters_of(command: Command, sub: str | None = None) -> list[Parameter]:
     it = subcommands_of(command)[sub] if sub else _root(command)
     return [
         Parameter(
-            tuple(p.opts) if p.opts[0].startswith("-") else (),
+            (*p.opts, *p.secondary_opts) if p.opts[0].startswith("-") else (),
             str(p.name),
             getattr(p, "help", None) or "",
             getattr(p, "rich_help_panel", None) or "",

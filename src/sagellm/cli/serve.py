@@ -48,21 +48,21 @@ def serve(
         typer.Option(help="Which engine takes a request, such as load_balanced or kv_aware.", rich_help_panel=_CONTROL),
     ] = None,
     auto_scale: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--auto-scale",
+            "--auto-scale/--no-auto-scale",
             help="Start and stop engines by demand; load stored models on request.",
             rich_help_panel=_CONTROL,
         ),
-    ] = False,
+    ] = None,
     pd_separation: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--pd-separation",
+            "--pd-separation/--no-pd-separation",
             help="Prefill on one engine, decode on another where that is faster.",
             rich_help_panel=_CONTROL,
         ),
-    ] = False,
+    ] = None,
     engine_file: Annotated[
         str | None,
         typer.Option(
@@ -70,9 +70,13 @@ def serve(
         ),
     ] = None,
     discover: Annotated[
-        bool,
-        typer.Option("--discover", help="Look for servers of other makers on local ports.", rich_help_panel=_CONTROL),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--discover/--no-discover",
+            help="Look for servers of other makers on local ports.",
+            rich_help_panel=_CONTROL,
+        ),
+    ] = None,
     state: Annotated[
         str | None,
         typer.Option(
@@ -83,8 +87,11 @@ def serve(
         str | None, typer.Option(help="File of API keys (role user), one a line.", rich_help_panel=_ACCESS)
     ] = None,
     require_key: Annotated[
-        bool, typer.Option("--require-key", help="Demand an API key even if none was made.", rich_help_panel=_ACCESS)
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--require-key/--no-require-key", help="Demand an API key even if none was made.", rich_help_panel=_ACCESS
+        ),
+    ] = None,
     allowed_hosts: Annotated[
         list[str] | None,
         typer.Option("--allowed-host", help="Further name that Host may hold; repeatable.", rich_help_panel=_ACCESS),
@@ -93,8 +100,11 @@ def serve(
         list[str] | None, typer.Option("--cors", help="Web origin that may call; repeatable.", rich_help_panel=_ACCESS)
     ] = None,
     access_log: Annotated[
-        bool, typer.Option("--access-log", help="One line for each request on stderr.", rich_help_panel=_ACCESS)
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--access-log/--no-access-log", help="One line for each request on stderr.", rich_help_panel=_ACCESS
+        ),
+    ] = None,
     mock: flags.Mock = False,
     ctx: flags.Ctx = None,
     parallel: flags.Parallel = None,
@@ -119,6 +129,8 @@ def serve(
     Every option can also be set in the configuration file and by a variable: `sage-llm config show --origin`.
     """
     given = {key: value for key, value in locals().items() if key in settings.SETTINGS}
+    # No flag takes these back: without it they are what the file or the environment says.
+    given |= {"mock": mock or None, "no_prefix_cache": no_prefix_cache or None}
     start({key: str(value) if isinstance(value, Path) else value for key, value in given.items()}, name)
 
 

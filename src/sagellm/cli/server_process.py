@@ -150,18 +150,20 @@ def engine_name(model_id: str, k: int, engines: int) -> str:
     return model_id if engines == 1 else f"{model_id}-{k + 1}"
 
 
-def announce(url: str, began: float, keys: str, configs: list[EngineConfig]) -> None:
-    """Say that everything is up, and what to do now."""
+def announce(url: str, began: float, keys: tuple[bool, str], configs: list[EngineConfig]) -> None:
+    """Say that everything is up, and what to do now; `keys` tells whether one is needed, and who may call."""
+    needed, who = keys
     say("ready", f"{url}/v1 ({time.perf_counter() - began:.1f} s)")
-    say("keys", keys)
+    say("keys", who)
     if configs:
-        say("try", _curl(url, configs[0].served_id))
+        say("try", _curl(url, configs[0].served_id, with_key=needed))
     say("stop", f"Ctrl-C, or: kill {os.getpid()}")
 
 
-def _curl(url: str, model: str) -> str:
+def _curl(url: str, model: str, *, with_key: bool) -> str:
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France? Answer in one sentence."}}], "temperature": 0}}'
-    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    key = ' -H "Authorization: Bearer $SAGE_UNIFIED_API_KEY"' if with_key else ""
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
 
 
 def trim_heap() -> None:

@@ -62,10 +62,12 @@ class Supervisor(LifecycleListener):
         gateway: the workers' configuration.
         sock: the listening socket that workers accept on.
         url: for people.
-        keys: one line on who may call.
+        keys: whether a request needs one, and one line on who may call.
     """
 
-    def __init__(self, options: ServeOptions, gateway: GatewayConfig, sock: socket.socket, url: str, keys: str) -> None:
+    def __init__(
+        self, options: ServeOptions, gateway: GatewayConfig, sock: socket.socket, url: str, keys: tuple[bool, str]
+    ) -> None:
         if gateway.state_path is None:
             raise InvalidArgumentError(
                 "--workers needs a state file that the workers share: leave --state none out", param="workers"

@@ -120,15 +120,19 @@ def test_doctor_sees_what_is_wrong(tmp_path: Path) -> None:
 def test_settings_come_from_file_then_environment_then_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later source stands over an earlier one, and every value knows where it is from."""
     config = tmp_path / "config.toml"
-    config.write_text('[serve]\nport = 1\npolicy = "fifo"\nengines = 2\nmodels = ["a", "b"]\n')
+    config.write_text(
+        '[serve]\nport = 1\npolicy = "fifo"\nengines = 2\nmodels = ["a", "b"]\naccess_log = true\ndiscover = true\n'
+    )
     monkeypatch.setenv("SAGELLM_CONFIG", str(config))
     monkeypatch.setenv("SAGELLM_PORT", "2")
     monkeypatch.setenv("SAGELLM_ENGINES", "3")
-    values = settings.resolve({"engines": 4, "ctx": None})
+    values = settings.resolve({"engines": 4, "ctx": None, "access_log": False, "discover": None})
     found = {name: (value.value, value.origin) for name, value in values.items()}
     assert found["policy"] == ("fifo", "file")
     assert found["port"] == (2, "environment")
     assert found["engines"] == (4, "flag")
+    assert found["access_log"] == (False, "flag")
+    assert found["discover"] == (True, "file")
     assert found["host"] == ("127.0.0.1", "default")
     assert found["models"] == (["a", "b"], "file")
     monkeypatch.setenv("SAGELLM_PORT", "many")
@@ -189,6 +193,23 @@ def test_keys_from_a_file_open_the_server(start_server: Any, tmp_path: Path) -> 
         "has no key"
         in run("serve", "--mock", "--port", "0", "--api-key-file", str(file), "--state", str(tmp_path / "s")).stderr
     )
+
+
+@pytest.mark.parametrize("needs_key", [False, True])
+def test_the_printed_request_works_as_it_is(start_server: Any, tmp_path: Path, needs_key: bool) -> None:
+    """The curl line of a start, pasted, is answered; where a key is needed it takes that of SAGE_UNIFIED_API_KEY."""
+    file, secret = tmp_path / "keys", "sk-test-0123456789abcdef0123456789abcdef"
+    file.write_text(secret)
+    extra = ["--api-key-file", str(file)] if needs_key else []
+    server = start_server("--mock", "--state", str(tmp_path / "state.sqlite"), *extra)
+    deadline = time.monotonic() + 60
+    while not (lines := [line for line in server.output if line.startswith("try ")]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    env = {**os.environ, "SAGE_UNIFIED_API_KEY": secret}
+    argv = ["bash", "-c", lines[0].removeprefix("try ")]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"]
 
 
 def test_own_commands_need_no_key(start_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
