@@ -21,7 +21,7 @@ PACKAGES = (
     "sagellm",
 )
 # Modules that run on import by design, or that need an extra that is not part of the default installation.
-NOT_IMPORTED = re.compile(r"(__main__$|\.cuda\b|\.ray_driver$|\.triton\b|_native$)")
+NOT_IMPORTED = re.compile(r"(__main__$|\.cuda\b|\.ray_driver$|\.triton\b|_native$|\._bpe$)")
 
 
 def modules() -> list[str]:

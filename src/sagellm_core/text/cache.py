@@ -1,18 +1,20 @@
 """Converted tokenizers on disk, keyed by the content they were made of: the second start converts nothing.
 
-One file an entry: ``magic | u32 length of the info | u32 crc of the rest | info (JSON) | tokenizer.json``. Files are published by
-rename, so two processes may convert the same model at once; a file that is not whole is made again.
+One file an entry: ``magic | u32 length of the info | SHA-256 of the rest | info (JSON), padded | the encoder's document``. Files are
+published by rename, so two processes may convert the same model at once; a file that is not whole is made again. The document of an
+entry that was found is a view of the mapped file: what is not looked at takes no memory.
 """
 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import struct
 import tempfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
@@ -20,9 +22,11 @@ from sagellm_core.text.tokenizer import TokenizerInfo
 
 __all__ = ["cached_tokenizer", "default_cache_dir"]
 
-_VERSION = 7
+_VERSION = 8
 _MAGIC = b"SGTK" + bytes([_VERSION])
-_HEAD = struct.Struct("<II")
+_HEAD = struct.Struct("<I32s")
+_START = 64
+_CHUNK = 1 << 20
 
 
 def default_cache_dir() -> Path:
@@ -35,7 +39,7 @@ def default_cache_dir() -> Path:
 
 def cached_tokenizer(
     content: list[bytes], convert: Callable[[], tuple[TokenizerInfo, bytes]], cache_dir: Path | None = None
-) -> tuple[TokenizerInfo, bytes]:
+) -> tuple[TokenizerInfo, bytes | memoryview]:
     """Return what `convert` made of `content` before, or call it and keep the result where that is possible."""
     digest = hashlib.sha256(_MAGIC)
     for part in content:
@@ -50,27 +54,41 @@ def cached_tokenizer(
     return info, document
 
 
-def _read(path: Path) -> tuple[TokenizerInfo, bytes] | None:
+def _read(path: Path) -> tuple[TokenizerInfo, memoryview] | None:
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            head = file.read(_START)
+            if len(head) < _START or not head.startswith(_MAGIC):
+                return None
+            length, digest = _HEAD.unpack_from(head, len(_MAGIC))
+            if _digest(file) != digest:
+                return None
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError:
         return None
-    start = len(_MAGIC) + _HEAD.size
-    if len(data) < start or not data.startswith(_MAGIC):
-        return None
-    length, crc = _HEAD.unpack_from(data, len(_MAGIC))
-    body = memoryview(data)[start:]
-    if zlib.crc32(body) != crc or length > len(body):
-        return None
     try:
-        return msgspec.json.decode(body[:length], type=TokenizerInfo), bytes(body[length:])
+        info = msgspec.json.decode(data[_START : _START + length], type=TokenizerInfo)
     except msgspec.DecodeError:
         return None
+    return info, data[_aligned(_START + length) :]
+
+
+def _digest(file: BinaryIO) -> bytes:
+    """SHA-256 from here to the end; read, not mapped, so that nothing of it stays resident."""
+    digest = hashlib.sha256()
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
+    return digest.digest()
+
+
+def _aligned(position: int) -> int:
+    return -(-position // 64) * 64
 
 
 def _write(path: Path, info: TokenizerInfo, document: bytes) -> None:
     body = msgspec.json.encode(info)
-    data = _MAGIC + _HEAD.pack(len(body), zlib.crc32(document, zlib.crc32(body))) + body + document
+    rest = body.ljust(_aligned(_START + len(body)) - _START) + document
+    head = (_MAGIC + _HEAD.pack(len(body), hashlib.sha256(rest).digest())).ljust(_START, b"\0")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tok-")
@@ -79,7 +97,8 @@ def _write(path: Path, info: TokenizerInfo, document: bytes) -> None:
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.write(head)
+            file.write(rest)
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from sagellm_core.text.defaults import file_defaults, metadata_defaults
 from sagellm_core.text.embedding import encoder_limit
 from sagellm_core.text.from_gguf import convert_gguf
 from sagellm_core.text.from_json import convert_directory, source_files
+from sagellm_core.text.mapped import KIND, MappedEncoder, compact, is_mapped
 from sagellm_core.text.tokenizer import TextTokenizer, TokenizerInfo
 from sagellm_protocol.errors import InvalidArgumentError, ModelFileError
 
@@ -70,7 +71,7 @@ def _load_gguf(path: Path, cache_dir: Path | None) -> _Loaded:
     length = header.metadata.get(f"{header.metadata.get('general.architecture')}.context_length")
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ModelFileError(f"{path.name} has no context length in its metadata: fetch or convert it again")
-    found = cached_tokenizer([header.metadata_bytes()], lambda: convert_gguf(header), cache_dir)
+    found = cached_tokenizer([header.metadata_bytes(), KIND], lambda: _compact(*convert_gguf(header)), cache_dir)
     defaults = metadata_defaults(header.metadata) or file_defaults(path.parent)
     return _tokenizer(*found), length, defaults
 
@@ -82,11 +83,17 @@ def _load_directory(directory: Path, cache_dir: Path | None) -> _Loaded:
     if length is None:
         length = (config.table("text_config") or config).integer("max_position_embeddings")
     content = [path.name.encode() + b"\0" + path.read_bytes() for path in source_files(directory)]
-    found = cached_tokenizer(content, lambda: convert_directory(directory), cache_dir)
+    found = cached_tokenizer([*content, KIND], lambda: _compact(*convert_directory(directory)), cache_dir)
     return _tokenizer(*found), length, file_defaults(directory)
 
 
-def _tokenizer(info: TokenizerInfo, document: bytes) -> TextTokenizer:
+def _compact(info: TokenizerInfo, document: bytes) -> tuple[TokenizerInfo, bytes]:
+    return info, compact(document) or document
+
+
+def _tokenizer(info: TokenizerInfo, document: bytes | memoryview) -> TextTokenizer:
+    if is_mapped(document):
+        return TextTokenizer(info, MappedEncoder(document))
     from sagellm_core.text.hf_encoder import HFEncoder
 
-    return TextTokenizer(info, HFEncoder(document))
+    return TextTokenizer(info, HFEncoder(bytes(document)))

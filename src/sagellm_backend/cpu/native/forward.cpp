@@ -7,6 +7,36 @@
 #include "pack.hpp"
 
 namespace sage {
+
+Tail::Tail(const StepInput& whole) : in_(whole) {
+  std::vector<int> place(whole.rows, -1);  // of a row that needs logits: itself; then its new number
+  for (int i = 0; i < whole.n_logits; i++) place[whole.logit_rows[i]] = 0;
+  int first = 0;
+  for (int s = 0; s < whole.sequences; first += whole.lengths[s], s++) {
+    const int end = first + whole.lengths[s];
+    int row = first;
+    while (row < end && place[row] < 0) row++;
+    if (row == end) continue;
+    starts_.push_back(whole.starts[s] + row - first);
+    lengths_.push_back(end - row);
+    const int32_t* table = whole.tables + static_cast<size_t>(s) * whole.table_width;
+    tables_.insert(tables_.end(), table, table + whole.table_width);
+    if (whole.adapters) adapters_.push_back(whole.adapters[s]);
+    for (; row < end; row++) {
+      place[row] = static_cast<int>(rows_.size());
+      rows_.push_back(row);
+    }
+  }
+  for (int i = 0; i < whole.n_logits; i++) logit_rows_.push_back(place[whole.logit_rows[i]]);
+  in_.rows = static_cast<int>(rows_.size());
+  in_.sequences = static_cast<int>(starts_.size());
+  in_.starts = starts_.data();
+  in_.lengths = lengths_.data();
+  in_.tables = tables_.data();
+  in_.logit_rows = logit_rows_.data();
+  if (whole.adapters) in_.adapters = adapters_.data();
+}
+
 Forward::Forward(Model& model, const StepInput& in, const StepOutput& out)
     : m_(model), c_(model.config_), kernel_(model.kernels_), s_(model.scratch_), in_(in), out_(out), group_(c_.n_heads / c_.n_kv_heads) {
   rows_.reserve(in.rows);
@@ -38,22 +68,43 @@ void Forward::plan_attention() {
   std::stable_sort(tiles_.begin(), tiles_.end(), [&](const Tile& a, const Tile& b) { return tokens(a) > tokens(b); });
 }
 
-void Forward::run() {
+void Forward::run(Forward* tail, const std::vector<int>& rows) {
   s_.loops->reset();
   for (auto& t : s_.threads) {
     std::fill(t.best.begin(), t.best.end(), -std::numeric_limits<float>::infinity());
     std::fill(t.index.begin(), t.index.end(), -1);
   }
-  m_.pool_.run([this](int thread) { work(thread); });
+  m_.pool_.run([&](int thread) { work(thread, tail, rows); });
 }
 
-void Forward::work(int thread) {
+void Forward::work(int thread, Forward* tail, const std::vector<int>& rows) {
   ThreadPool& pool = m_.pool_;
   size_t loop = 0;
   embed(thread);
   if (few_) pool.barrier();
-  for (int i = 0; i < c_.n_layers; i++, loop += 6) layer(i, thread, loop);
+  const int last = tail ? c_.n_layers - 1 : c_.n_layers;
+  for (int i = 0; i < last; i++, loop += kLayerLoops) layer(i, thread, loop, Part::Whole);
+  if (!tail) return finish(thread, loop);
+  layer(last, thread, loop, Part::Keys);
+  if (rows.empty()) return;
+  if (thread == 0) tail->take_rows(rows);
+  pool.barrier();
+  tail->layer(last, thread, loop + kLayerLoops, Part::Rest);
+  tail->finish(thread, loop + 2 * kLayerLoops);
+}
+
+// Move what a layer starts from to the front. Rows ascend, so none is overwritten before it is taken.
+void Forward::take_rows(const std::vector<int>& rows) {
+  float *x = s_.x.as<float>(), *rope = s_.rope.as<float>();
+  for (size_t i = 0; i < rows.size(); i++) {
+    std::memmove(x + i * s_.ld_x, x + rows[i] * s_.ld_x, s_.ld_x * sizeof(float));
+    std::memmove(rope + i * s_.rope_row, rope + rows[i] * s_.rope_row, s_.rope_row * sizeof(float));
+  }
+}
+
+void Forward::finish(int thread, size_t loop) {
   if (in_.n_logits == 0) return;
+  ThreadPool& pool = m_.pool_;
   if (c_.post_norm || c_.n_experts > 0) pool.barrier();  // the last branch was added by rows
   const bool hidden_only = in_.sampling->empty();
   const float* x = s_.x.as<float>();
@@ -171,16 +222,26 @@ static void add_bias(float* x, const float* bias, int n) {
 }
 
 // Bias, norm and rotation of q and k of some KV heads and their query heads; k and v go into the cache.
-void Forward::rotate(const Layer& y, int index, int row, int kv_head, int kv_heads, int thread) {
-  const int dh = c_.head_dim, q_head = kv_head * group_, q_heads = kv_heads * group_;
-  float* qkv = s_.qkv.as<float>() + row * s_.ld_qkv;
-  float *q = qkv + s_.q_at + q_head * dh, *k = qkv + s_.k_at + kv_head * dh, *v = qkv + s_.v_at + kv_head * dh;
+void Forward::rotate(const Layer& y, int index, int row, int kv_head, int kv_heads, int thread, Part part) {
+  if (part != Part::Keys) rotate_queries(y, index, row, kv_head * group_, kv_heads * group_, thread);
+  if (part != Part::Rest) rotate_keys(y, index, row, kv_head, kv_heads, thread);
+}
+
+void Forward::rotate_queries(const Layer& y, int index, int row, int q_head, int q_heads, int thread) {
+  const int at = q_head * c_.head_dim;
+  float* q = s_.qkv.as<float>() + row * s_.ld_qkv + s_.q_at + at;
+  if (c_.qkv_bias) add_bias(q, y.q_bias + at, q_heads * c_.head_dim);
+  rotate_heads(q, q_heads, y.q_norm, index, row, thread);
+}
+
+void Forward::rotate_keys(const Layer& y, int index, int row, int kv_head, int kv_heads, int thread) {
+  const int dh = c_.head_dim;
+  float* qkv = s_.qkv.as<float>() + row * s_.ld_qkv + kv_head * dh;
+  float *k = qkv + s_.k_at, *v = qkv + s_.v_at;
   if (c_.qkv_bias) {
-    add_bias(q, y.q_bias + q_head * dh, q_heads * dh);
     add_bias(k, y.k_bias + kv_head * dh, kv_heads * dh);
     add_bias(v, y.v_bias + kv_head * dh, kv_heads * dh);
   }
-  rotate_heads(q, q_heads, y.q_norm, index, row, thread);
   rotate_heads(k, kv_heads, y.k_norm, index, row, thread);
   const auto [sequence, position] = rows_[row];
   const int block = in_.tables[static_cast<size_t>(sequence) * in_.table_width + position / kBlock];
@@ -244,13 +305,14 @@ void Forward::project(int index, Site site, const Packed& w, const Activations& 
   });
 }
 
-void Forward::layer(int index, int thread, size_t loop) {
+void Forward::layer(int index, int thread, size_t loop, Part part) {
   ThreadPool& pool = m_.pool_;
   const Layer& y = m_.layers_[index];
   norm_rows(thread, y.attn_norm);
   low_normed(index, {Site::Q, Site::K, Site::V}, y.attn_norm, thread);
 
-  const int nq = y.q.panels(), nk = y.k.panels(), nv = y.v.panels();
+  const int nq = part == Part::Keys ? 0 : y.q.panels();
+  const int nk = part == Part::Rest ? 0 : y.k.panels(), nv = part == Part::Rest ? 0 : y.v.panels();
   share_panels(nq + nk + nv, c_.d_model, thread, loop, [&](int p, int row0, int rows) {
     const Packed& w = p < nq ? y.q : p < nq + nk ? y.k : y.v;
     const int panel = p < nq ? p : p < nq + nk ? p - nq : p - nq - nk;
@@ -263,13 +325,14 @@ void Forward::layer(int index, int thread, size_t loop) {
   pool.barrier();
 
   const auto [begin, end] = rows_of(in_.rows, thread, pool.size());
-  if (!fused_) {
-    for (int r = begin; r < end; r++) rotate(y, index, r, 0, c_.n_kv_heads, thread);
+  if (!fused_ || part == Part::Keys) {
+    for (int r = begin; r < end; r++) rotate(y, index, r, 0, c_.n_kv_heads, thread, part);
     pool.barrier();
   }
+  if (part == Part::Keys) return;
   const int tiles = static_cast<int>(tiles_.size());
   for (int i = s_.loops->take(loop + 1, 1); i < tiles; i = s_.loops->take(loop + 1, 1)) {
-    if (fused_) rotate(y, index, tiles_[i].sequence, tiles_[i].kv_head, 1, thread);
+    if (fused_) rotate(y, index, tiles_[i].sequence, tiles_[i].kv_head, 1, thread, part);
     attend(index, tiles_[i], thread);
   }
   pool.barrier();
@@ -304,7 +367,11 @@ void Forward::feed_forward(int index, int thread, size_t loop) {
 
 void Model::step(const StepInput& in, const StepOutput& out) {
   check(in, in.sampling->empty() && out.hidden && !out.logits);
-  Forward(*this, in, out).run();
+  Forward whole(*this, in, out);
+  const Tail tail(in);
+  if (in.rows - static_cast<int>(tail.rows().size()) < kFewerRows) return whole.run();
+  Forward rest(*this, tail.input(), out);
+  whole.run(&rest, tail.rows());
 }
 
 }  // namespace sage

@@ -11,13 +11,30 @@ namespace sage {
 
 constexpr size_t kRowBlockBytes = 256 << 10;  // of activations that stay in a core's cache
 constexpr int kTilesPerThread = 16;           // of attention, at least: the threads end together
+constexpr int kFewerRows = 16;                // that the last layer must be spared, to be split
 
 inline int row_block(int k) { return std::max(24, static_cast<int>(kRowBlockBytes) / std::max(k, 1) / 24 * 24); }
+
+// Rows that the last layer goes on with once its keys and values are written: of each sequence those from its first logit row on.
+// Of a prompt that is one row of hundreds, of a chunk before its end none.
+class Tail {
+ public:
+  explicit Tail(const StepInput& whole);
+  const StepInput& input() const { return in_; }
+  const std::vector<int>& rows() const { return rows_; }  // of the whole step, ascending
+
+ private:
+  StepInput in_;
+  std::vector<int> rows_;
+  std::vector<int32_t> starts_, lengths_, tables_, logit_rows_, adapters_;
+};
 
 class Forward {
  public:
   Forward(Model& model, const StepInput& in, const StepOutput& out);
-  void run();
+  void run() { run(nullptr, {}); }
+  // The last layer for `tail` alone, whose rows are `rows` of this step.
+  void run(Forward* tail, const std::vector<int>& rows);
 
  private:
   // Query vectors of one sequence and KV head: lane i is query row (first + i) / heads_per_kv of the sequence.
@@ -27,11 +44,14 @@ class Forward {
   struct Row {
     int sequence, position;
   };
+  enum class Part { Whole, Keys, Rest };  // of a layer: Keys writes the cache, Rest is what follows, for rows of the tail
 
   void plan_attention();
-  void work(int thread);
+  void work(int thread, Forward* tail, const std::vector<int>& rows);
+  void take_rows(const std::vector<int>& rows);
+  void finish(int thread, size_t loop);
   void embed(int thread);
-  void layer(int index, int thread, size_t loop);
+  void layer(int index, int thread, size_t loop, Part part);
   // Row-wise conversion, and products of rows, with what the rounding left over where a row keeps it.
   void convert(const float* x, size_t ld, int rows, int begin, int end, const Activations& to, int row0, int thread);
   void convert_rest(const float* x, int begin, int end, const Activations& to, int row, int rest_row, float* scratch);
@@ -39,7 +59,9 @@ class Forward {
   void norm_rows(int thread, const float* weight);
   void branch_norm(int thread, const float* weight, const float* bias);
   const Activations& normed(int thread) const;
-  void rotate(const Layer& y, int index, int row, int kv_head, int kv_heads, int thread);
+  void rotate(const Layer& y, int index, int row, int kv_head, int kv_heads, int thread, Part part);
+  void rotate_queries(const Layer& y, int index, int row, int q_head, int q_heads, int thread);
+  void rotate_keys(const Layer& y, int index, int row, int kv_head, int kv_heads, int thread);
   void rotate_heads(float* heads, int n_heads, const float* norm, int index, int row, int thread);
   void attend(int index, const Tile& tile, int thread);
   void gate_up(int index, int unit, int row0, int rows, int thread);

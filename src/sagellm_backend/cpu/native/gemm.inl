@@ -105,7 +105,7 @@ inline __attribute__((always_inline)) void tile_bf16(const Packed& p, const uint
     __builtin_prefetch(w + kPrefetch);
     __builtin_prefetch(w + kPrefetch + 64);
     const vw w0 = load_w(w), w1 = load_w(w + 64);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < NR; r++) {
       const vx b = broadcast4(a + r * x.ld);
       acc[r][0] = dot_bf16(acc[r][0], w0, b);
@@ -123,7 +123,7 @@ inline __attribute__((always_inline)) void tile_f32(const Packed& p, const uint8
     __builtin_prefetch((const uint8_t*)f + kPrefetch);
     __builtin_prefetch((const uint8_t*)f + kPrefetch + 64);
     const vf w0 = load(f), w1 = load(f + 16);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < NR; r++) {
       const vf b = set1(a[r * x.ld + k]);
       acc[r][0] = fma(w0, b, acc[r][0]);
@@ -142,7 +142,7 @@ struct Output {
 template <WeightFormat F, int NR>
 void tile(const Packed& p, const uint8_t* w, const Activations& x, int row, const Output& out, int out_row, Ahead ahead) {
   vf acc[NR][2];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < NR; r++) acc[r][0] = acc[r][1] = zero();
   if constexpr (F == WeightFormat::Q4) tile_int<Q4Step<false>, false, NR>(p, w, x, row, ahead, acc);
   if constexpr (F == WeightFormat::Q4M) tile_int<Q4Step<true>, true, NR>(p, w, x, row, ahead, acc);
@@ -151,7 +151,7 @@ void tile(const Packed& p, const uint8_t* w, const Activations& x, int row, cons
   if constexpr (F == WeightFormat::BF16) tile_bf16<NR>(p, w, x, row, acc);
   if constexpr (F == WeightFormat::F32) tile_f32<NR>(p, w, x, row, acc);
   const vf factor = set1(out.factor);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < NR; r++) {
     float* o = out.data + (out_row + r) * out.ld;
     if (out.add) {
@@ -184,19 +184,23 @@ constexpr size_t group_size(WeightFormat format) {
   }
 }
 
+// Rows of a tile. Integer tiles need twice the registers of float ones: sums of a group, and of all groups.
+constexpr int tile_rows(WeightFormat format) { return reads_int8(format) ? kRowTile : 2 * kRowTile; }
+
 template <WeightFormat F>
 void panel_of(const Packed& p, int panel, const Activations& x, int row0, int rows, const Output& out) {
+  constexpr int kRows = tile_rows(F);
   constexpr int kLines = group_size(F) / 64;  // of a group
   const uint8_t* w = p.data + panel * p.panel_stride;
   const uint8_t* next = w + p.groups() * group_size(F);
-  const int tiles = (rows + kRowTile - 1) / kRowTile, lines = tiles > 1 ? (kLines + tiles - 1) / tiles : 0;
+  const int tiles = (rows + kRows - 1) / kRows, lines = tiles > 1 ? (kLines + tiles - 1) / tiles : 0;
   auto ahead = [&](int r) {
-    const int t = r / kRowTile;
+    const int t = r / kRows;
     return t * lines < kLines || tiles == 1 ? Ahead{next + static_cast<size_t>(t) * p.groups() * lines * 64, lines} : Ahead{next, -1};
   };
   int r = 0;
-  for (; r + kRowTile <= rows; r += kRowTile) tile<F, kRowTile>(p, w, x, row0 + r, out, r, ahead(r));
-  tile_rest<F, kRowTile - 1>(rows - r, p, w, x, row0 + r, out, r, ahead(r));
+  for (; r + kRows <= rows; r += kRows) tile<F, kRows>(p, w, x, row0 + r, out, r, ahead(r));
+  tile_rest<F, kRows - 1>(rows - r, p, w, x, row0 + r, out, r, ahead(r));
 }
 
 inline void gemm(const Packed& p, int panel, const Activations& x, int row0, int rows, float* data, size_t ld, bool add,

@@ -29,7 +29,7 @@ struct Packed {
 };
 
 // Whether activations meet such weights as int8.
-static inline bool reads_int8(WeightFormat f) { return f != WeightFormat::BF16 && f != WeightFormat::F32; }
+static constexpr bool reads_int8(WeightFormat f) { return f != WeightFormat::BF16 && f != WeightFormat::F32; }
 
 size_t group_bytes(WeightFormat format);
 static inline size_t panel_bytes(WeightFormat format, int k) { return group_bytes(format) * ((k + kGroup - 1) / kGroup); }

@@ -187,7 +187,7 @@ void Model::take_scratch(const Limits& limits) {
     t.index.resize(logit_rows);
   }
   take_expert_scratch(limits);
-  s.loops = std::make_unique<Loops>(static_cast<size_t>(c.n_layers) * 6 + 4);
+  s.loops = std::make_unique<Loops>((static_cast<size_t>(c.n_layers) + 1) * kLayerLoops + 4);  // the last layer may come in two parts
 }
 
 void Model::take_expert_scratch(const Limits& limits) {

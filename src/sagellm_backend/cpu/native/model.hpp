@@ -88,6 +88,8 @@ struct Limits {
 // Up to here weights are streamed: threads take equal, contiguous shares of them, and norm the rows each for itself.
 constexpr int kFewRows = 4;
 
+constexpr size_t kLayerLoops = 6;  // shared loops of a layer
+
 // What one step reads and writes. Arrays are borrowed.
 struct StepInput {
   const int32_t* tokens;
