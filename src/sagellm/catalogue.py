@@ -73,7 +73,7 @@ _ALL = (
     Entry(
         "model-exists",
         "exists: sage-llm rm",
-        "`cp` does not overwrite.",
+        "Something else has the name: `cp` does not overwrite, and `pull` does not take one model for another.",
         "Remove the target first, or choose another name.",
     ),
     Entry(

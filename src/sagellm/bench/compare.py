@@ -37,7 +37,9 @@ def load_run(path: Path) -> dict[str, Any]:
         run: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         run["summary"]["ttft_ms"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidArgumentError(f"{path} holds no run of sage-llm bench ({error})") from error
+        raise InvalidArgumentError(
+            f"{path} holds no run of sage-llm bench ({type(error).__name__}): give the folder of its --output"
+        ) from error
     return run
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -199,6 +199,7 @@ def engine_changes(
     ):
         if given is not None and not there:
             raise InvalidArgumentError(f"{flag} belongs to {owner}: pass that too, or drop it", param=flag[2:])
+    _check_words({"--quant": quant, "--kv-dtype": kv_dtype, "--spec": spec})
     groups: dict[str, dict[str, Any]] = {}
 
     def put(group: str, name: str, value: Any) -> None:
@@ -226,6 +227,22 @@ def engine_changes(
     if lora:
         changes["adapters"] = dict(_adapter(text) for text in lora)
     return changes
+
+
+def _check_words(given: dict[str, str | None]) -> None:
+    """Refuse a word that the engine's configuration does not know, with those that it does."""
+    from sagellm_core.config import DeviceOptions, SpeculationOptions
+
+    fields = {
+        "--quant": (DeviceOptions, "quant"),
+        "--kv-dtype": (DeviceOptions, "kv_dtype"),
+        "--spec": (SpeculationOptions, "method"),
+    }
+    for flag, word in given.items():
+        kind, field = fields[flag]
+        known = get_args(get_type_hints(kind)[field])
+        if word is not None and word not in known:
+            raise InvalidArgumentError(f"{flag} {word!r}: use one of {', '.join(known)}", param=flag[2:])
 
 
 def _adapter(text: str) -> tuple[str, str]:

@@ -74,6 +74,11 @@ def run(
             "name a model, such as smollm2:135m (sage-llm list shows what is here)", param_hint="MODEL"
         )
     flags.ensure_model(model)
+    if model != "mock" and (stored := store.resolve(model)).kind == "embedding":
+        raise InvalidArgumentError(
+            f"{stored.name} gives vectors, not text: serve it (sage-llm serve {model}) and ask /v1/embeddings",
+            param="model",
+        )
     changes = flags.engine_changes(
         ctx=ctx,
         parallel=parallel,

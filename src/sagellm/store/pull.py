@@ -64,25 +64,48 @@ def pull(
 
     Raises:
         ModelNotFoundError: nothing of that name can be pulled.
-        ModelFileError: what arrived does not hash to what it should.
+        ModelFileError: what arrived, or is here already, does not hash to what it should.
+        InvalidArgumentError: something else has the name, or `sha256` is given for several files.
         ResourceExhaustedError: the disk is full.
         UnavailableError: the index cannot be reached.
     """
     report = progress or (lambda _what, _done, _total: None)
     target = ModelName.parse(name or _default_name(model))
     with _locked(target), _disk_errors(target):
-        if (found := find(str(target))) is not None and not looks_like_path(model) and not _lacks_defaults(found):
-            return found
+        if (found := find(str(target))) is not None and (is_remote(model) or not looks_like_path(model)):
+            _check_same(found, model, sha256)
+            if not _lacks_defaults(found):
+                return found
         fetched = _expecting(_fetch(model, target, report), sha256)
+        fetched.facts["pulled_as"] = model
         stored = _commit(target, fetched, report)
         shutil.rmtree(target.staging, ignore_errors=True)
         return stored
 
 
+def _check_same(found: StoredModel, model: str, sha256: str | None) -> None:
+    """Refuse to take what is here for `model` if it is known to be something else."""
+    before = found.manifest.get("pulled_as", model)
+    if before != model:
+        raise InvalidArgumentError(
+            f"{found.name} exists: sage-llm rm {found.name} first, or choose another --name (it was pulled as {before})",
+            param="name",
+        )
+    hashes = [facts["sha256"] for name, facts in found.manifest["files"].items() if _is_weights(name)]
+    if sha256 is not None and hashes != [sha256.lower()]:
+        raise ModelFileError(
+            f"{found.name} is here and hashes to {', '.join(hashes)}, {sha256} was expected: check it, or sage-llm rm {found.name}"
+        )
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".gguf", ".safetensors"))
+
+
 def _expecting(fetched: Fetched, sha256: str | None) -> Fetched:
     if sha256 is None:
         return fetched
-    weights = [name for name in fetched.files if name.endswith((".gguf", ".safetensors"))]
+    weights = [name for name in fetched.files if _is_weights(name)]
     if len(weights) != 1:
         raise InvalidArgumentError(f"--sha256 is of one file, {len(weights)} were fetched: drop it", param="sha256")
     return replace(fetched, sha256={**fetched.sha256, weights[0]: sha256.lower()})
@@ -150,7 +173,7 @@ def _fetch_local(path: Path) -> Fetched:
         files = {
             str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file() and not f.name.startswith(".")
         }
-        if not any(name.endswith((".safetensors", ".gguf")) for name in files):
+        if not any(map(_is_weights, files)):
             raise InvalidArgumentError(f"{path} holds no .gguf and no .safetensors file", param="model")
     return Fetched(files, {}, {"source": str(path.resolve()), "license": "", "kind": "llm"})
 

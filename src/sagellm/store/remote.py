@@ -84,10 +84,10 @@ def download(url: str, target: Path, report: Report, headers: dict[str, str] | N
         UnavailableError: it cannot be reached, or breaks off again and again.
         ModelFileError: fewer bytes arrived than were announced.
     """
-    if target.exists():
-        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
+    if target.exists() and _Part.of(partial, url).total == target.stat().st_size:
+        return target
     for attempt in range(1, _ATTEMPTS + 1):
         if _continue(url, partial, report, headers or {}, last=attempt == _ATTEMPTS):
             partial.replace(target)

@@ -274,6 +274,9 @@ def test_a_running_server_is_operated(start_server: Any) -> None:
         ("serve --script replies.json", "--script belongs to --mock"),
         ("serve --spill-size 1GB", "--spill-size belongs to --spill"),
         ("run mock hi --spec ngram --draft-model x", "--draft-model belongs to --spec draft"),
+        ("run mock hi --quant q3", "use one of auto, q4, q8"),
+        ("serve --kv-dtype fp8", "use one of auto, f32"),
+        ("run mock hi --spec lookahead", "use one of none, ngram, draft"),
         ("demo --mock --backend cpu", "--backend cpu does not"),
         ("bench serve mock --rate 1 --speedup 2", "--speedup: it belongs to --trace"),
         ("bench serve mock --trace x.jsonl --prompt-tokens 3", "--prompt-tokens: the trace says"),
@@ -284,8 +287,8 @@ def test_a_running_server_is_operated(start_server: Any) -> None:
         ("explain --page --json", "--page"),
     ],
 )
-def test_no_flag_is_accepted_and_ignored(line: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A flag that means nothing without another, or beside it, is refused by name before anything is loaded."""
+def test_flags_that_mean_nothing_are_refused(line: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flag without the one that it belongs to, or beside one that contradicts it, and an unknown word: by name, before anything is loaded."""
     assert main(line.split()) == 1
     assert says in capsys.readouterr().err
 

@@ -382,6 +382,21 @@ def test_a_url_with_another_content_is_refused() -> None:
             pull(server.url.replace("tiny", "other"))
 
 
+def test_a_name_is_not_taken_for_another_source() -> None:
+    """What is here counts only for what it was pulled as, and only with the hash that is asked for."""
+    with RangeServer(b"GGUF" + bytes(100)) as one, RangeServer(b"GGUF" + bytes(200)) as two:
+        first = pull(one.url)
+        assert pull(one.url) == first
+        assert len(one.asked) == 1, "what is here is not fetched again"
+        digest = hashlib.sha256(one.content).hexdigest()
+        assert pull(one.url, sha256=digest.upper()) == first
+        with pytest.raises(ModelFileError, match=f"{digest}, 00 was expected"):
+            pull(one.url, sha256="00")
+        with pytest.raises(InvalidArgumentError, match=f"tiny:latest exists.*pulled as {one.url}"):
+            pull(two.url)
+        assert pull(two.url, name="other").path.read_bytes() == two.content
+
+
 @pytest.mark.parametrize(
     "url", ["http://example.org/x.gguf", "https://example.org/x.exe", "https://example.org/..%2fx.gguf/"]
 )
