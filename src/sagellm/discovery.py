@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sagellm_protocol.errors import UnavailableError
+from sagellm_protocol.errors import UnauthenticatedError, UnavailableError
 
 __all__ = ["CHAT_PORTS", "EMBEDDING_PORTS", "Endpoint", "Kind", "find_endpoint", "model_kind"]
 
@@ -21,6 +21,7 @@ _VARIABLES: dict[Kind, tuple[str, ...]] = {
     "embedding": ("SAGE_UNIFIED", "SAGE_EMBEDDING"),
 }
 _PROBE_SECONDS = 1.0
+_LOCKED = "wants an API key"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ async def find_endpoint(kind: Kind, *, api_key: str | None = None) -> Endpoint:
 
     Raises:
         UnavailableError: nothing serves `kind`; the message lists what was tried and what answered there.
+        UnauthenticatedError: what might serve it wants a key.
     """
     tried: list[str] = []
     for prefix in _VARIABLES[kind]:
@@ -59,6 +61,11 @@ async def find_endpoint(kind: Kind, *, api_key: str | None = None) -> Endpoint:
         if isinstance(found, Endpoint):
             return found
         tried.append(f"{base_url}: {found}")
+    locked = next((line.partition(": ")[0] for line in tried if line.endswith(_LOCKED)), None)
+    if locked is not None:
+        raise UnauthenticatedError(
+            f"no open {kind} server found ({'; '.join(tried)}): pass api_key, or set SAGE_UNIFIED_BASE_URL={locked} and SAGE_UNIFIED_API_KEY"
+        )
     raise UnavailableError(
         f"no {kind} server found ({'; '.join(tried)}): start one with `sage-llm serve`, pass base_url, or use embedded=True"
     )
@@ -88,7 +95,7 @@ async def _probe(base_url: str, kind: Kind, api_key: str | None) -> Endpoint | s
     except (ValueError, KeyError, TypeError):
         return "not an OpenAI-compatible server"
     if response.status_code in {401, 403}:
-        return "wants an API key"
+        return _LOCKED
     if not response.is_success:
         return f"answers {response.status_code}"
     for row in rows:

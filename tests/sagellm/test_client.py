@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -25,6 +26,7 @@ from sagellm_protocol.errors import (
     InvalidArgumentError,
     ModelNotFoundError,
     ResourceExhaustedError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -316,6 +318,20 @@ def test_an_embedding_server_is_never_taken_for_a_chat_server(
         assert not client.is_llm_available
         assert client.is_llm_available() is False
         with pytest.raises(UnavailableError, match=r"serves all-minilm-l6-v2.*sage-llm serve"):
+            client.chat("hi")
+
+
+def test_a_server_that_wants_a_key_is_said_with_what_to_pass(
+    start_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Discovery does not pass a locked server over in silence: the error names its address, and both ways to give a key."""
+    for name in ("SAGE_UNIFIED_BASE_URL", "SAGE_CHAT_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    server = start_server("--mock", "--require-key", "--state", str(tmp_path / "state.sqlite"))
+    monkeypatch.setattr(discovery, "CHAT_PORTS", (int(server.root_url.rpartition(":")[2]),))
+    with UnifiedInferenceClient.create() as client:
+        says = f"pass api_key, or set SAGE_UNIFIED_BASE_URL={server.base_url} and SAGE_UNIFIED_API_KEY"
+        with pytest.raises(UnauthenticatedError, match=says):
             client.chat("hi")
 
 
