@@ -5,7 +5,7 @@
 
 Measured on loopback, direct and through each router: time to the first token at fixed rates, streamed and whole answers a second
 over 32 connections, CPU time of a streamed request, and streams that lack tokens or their ``[DONE]`` while one engine cuts its streams and another
-is killed. Routers run with their own default policy, ours with everything on: journal, recovery, admission, metrics. For the count of lost
+is killed. The row ``floor`` is a proxy that only passes bytes on (`router_floor.py`). Routers run with their own default policy, ours with everything on: journal, recovery, admission, metrics. For the count of lost
 streams the others go round robin: a policy that follows prefixes sends all of these requests to one engine, and which one is luck.
 """
 
@@ -212,6 +212,7 @@ class Cluster:
 
 
 OURS = "{python} {here}/router_ours.py {port} {ports}"
+FLOOR = "{python} {here}/router_floor.py {port} {ports}"
 _COMMON = "--host 127.0.0.1 --port {port} --prometheus-port {metrics} --worker-urls {engines}"
 #: Package and version, and how it is started; each gets a port of its own for its metrics, which is the same for all by default.
 PEERS = {
@@ -315,16 +316,17 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="folder with an environment for each peer; made by --install")
     parser.add_argument("--install", action="store_true", help="make those environments, and end")
-    parser.add_argument("--only", help="names, with commas; ours is isagellm")
+    parser.add_argument("--only", help="names, with commas; ours is isagellm, floor the least proxy")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--lost", action=argparse.BooleanOptionalAction, default=True, help="count lost streams too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.install:
         install(options.peers)
         return
-    templates = {"isagellm": OURS}
+    templates = {"floor": FLOOR, "isagellm": OURS}
     if options.peers is not None:
         templates |= {
             name: f"{(options.peers / name / 'bin').absolute()}/{command}" for name, (_p, command) in PEERS.items()
@@ -336,7 +338,7 @@ async def main() -> None:
         name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in rounds.items()
     }
     for name, row in report.items():
-        if name in templates:
+        if options.lost and name in templates and name != "floor":
             row["lost"] = await lost(templates[name] + (" --policy round_robin" if name in PEERS else ""))
     print(table(report))
     if options.json is not None:

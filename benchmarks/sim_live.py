@@ -2,12 +2,17 @@
 
 The simulated engines have the constants that `sage-llm profile` finds on a live one, so that what a step costs beside the simulated
 device (Python, the wire, a sleep that ends late) is in them; with `--nominal`, those that the mock device is told.
+
+Near saturation a single run says little: another order of two events sends requests elsewhere, and the share of good ones moves by points. So
+there is a run for each of `--seeds`, paired with the simulation of the same requests; what is compared is the mean of the differences, with its
+95 % confidence interval (Student's t). With `--add FILE` the runs of several calls are taken together.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import statistics
 import sys
 import tempfile
@@ -117,6 +122,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--rates", default="6,12,18")
     parser.add_argument("--policies", default="round_robin,load_balanced")
+    parser.add_argument("--seeds", default="3", help="of the arrivals, with commas: a run each")
+    parser.add_argument("--add", type=Path, metavar="FILE", help="add the runs to this file, and sum all of it up")
     parser.add_argument("--nominal", action="store_true")
     options = parser.parse_args()
     constants = CONSTANTS if options.nominal else asyncio.run(profiled(options.engines))
@@ -125,14 +132,50 @@ def main() -> None:
         f"{constants.per_sequence_s * 1e3:.2f} ms a sequence",
         flush=True,
     )
+    rows = []
     for rate in map(float, options.rates.split(",")):
-        requests = poisson(rate, options.requests, prompt_tokens=300, output_tokens=40, seed=3)
-        requests = [msgspec.structs.replace(r, prompt_tokens=min(r.prompt_tokens, 3000)) for r in requests]
-        for policy in options.policies.split(","):
-            config = CoreConfig(routing_strategy=policy, slo=OBJECTIVE, admission=AdmissionConfig(max_waiting=10**9))
-            simulated = simulate(requests, config, engines=options.engines, constants=constants).goodput(TTFT_S, TPOT_S)
-            measured = asyncio.run(live(requests, policy, options.engines))
-            print(f"{rate:g} requests/s, {policy}: simulated {simulated:.3f}, live {measured:.3f}", flush=True)
+        for seed in map(int, options.seeds.split(",")):
+            requests = poisson(rate, options.requests, prompt_tokens=300, output_tokens=40, seed=seed)
+            requests = [msgspec.structs.replace(r, prompt_tokens=min(r.prompt_tokens, 3000)) for r in requests]
+            for policy in options.policies.split(","):
+                config = CoreConfig(
+                    routing_strategy=policy, slo=OBJECTIVE, admission=AdmissionConfig(max_waiting=10**9)
+                )
+                result = simulate(requests, config, engines=options.engines, constants=constants)
+                simulated = result.goodput(TTFT_S, TPOT_S)
+                measured = asyncio.run(live(requests, policy, options.engines))
+                print(f"{rate:g}/s, {policy}, seed {seed}: simulated {simulated:.3f}, live {measured:.3f}", flush=True)
+                rows.append([rate, policy, simulated, measured])
+    if options.add is not None:
+        with options.add.open("a+", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.seek(0)
+            rows = [json.loads(line) for line in file]
+    summary(rows)
+
+
+def summary(rows: list[list]) -> None:
+    for rate, policy in sorted({(row[0], row[1]) for row in rows}):
+        pairs = [row[2:] for row in rows if row[:2] == [rate, policy]]
+        differences = [100 * (measured - simulated) for simulated, measured in pairs]
+        simulated, measured = (statistics.mean(column) for column in zip(*pairs, strict=True))
+        error = half_width(differences)
+        print(
+            f"{rate:g} requests/s, {policy}: simulated {simulated:.3f}, live {measured:.3f}, "
+            f"{statistics.mean(differences):+.1f} +-{error:.1f} points over {len(pairs)} runs"
+        )
+
+
+#: Student's t at 97.5 %, by degrees of freedom.
+T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14)
+
+
+def half_width(values: list[float]) -> float:
+    """Half of the 95 % confidence interval of the mean."""
+    if len(values) < 2:
+        return float("nan")
+    factor = T975[min(len(values) - 2, len(T975) - 1)]
+    return factor * statistics.stdev(values) / len(values) ** 0.5
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sagellm_control_plane.live.follower import FollowerDriver
     from sagellm_control_plane.live.lifecycle import EngineSpec, LifecycleDriver
     from sagellm_control_plane.live.process_driver import ProcessDriver
+    from sagellm_control_plane.live.store import Store
     from sagellm_control_plane.manager import ControlPlaneManager
     from sagellm_core.config import EngineConfig
     from sagellm_gateway.config import GatewayConfig
@@ -103,6 +104,9 @@ def _merged(changes: Mapping[str, Any], more: Mapping[str, Any] | None) -> dict[
     return out
 
 
+_TOLD = ("role", "zone", "cost")
+
+
 class StoreCatalog:
     """The models that can be started here: those given on the command line, and those of the store (a `ModelCatalog`)."""
 
@@ -134,13 +138,18 @@ class StoreCatalog:
         return engine_config(model_id, _merged(self._changes, options), shared=True)
 
     def engine_spec(self, model_id: str, engine_id: str, options: Mapping[str, Any]) -> EngineSpec:
-        """How to start an engine for `model_id` (see `ModelCatalog`)."""
+        """How to start an engine for `model_id` (see `ModelCatalog`).
+
+        `options` are changes to its configuration, and what the control plane is told of it: ``role``, ``zone``, ``cost``.
+        """
         import msgspec
 
         from sagellm_control_plane.live.lifecycle import EngineSpec
 
+        told = {key: value for key, value in options.items() if key in _TOLD}
+        options = {key: value for key, value in options.items() if key not in _TOLD}
         config = msgspec.structs.replace(self.config(model_id, options), engine_id=engine_id)
-        return EngineSpec(engine_id=engine_id, model_id=model_id, config=msgspec.to_builtins(config))
+        return EngineSpec(engine_id=engine_id, model_id=model_id, config=msgspec.to_builtins(config), metadata=told)
 
     def chat_model(self, model_id: str) -> ChatModel:
         """The text side of `model_id`."""
@@ -218,13 +227,13 @@ class House:
             return True, f"{good} good, one is needed (sage-llm keys)"
         return False, "none made: whoever reaches this address may call (sage-llm keys add NAME)"
 
-    async def start_engine(self, model_id: str, engine_id: str) -> str:
-        """Start an engine process and wait until it serves; return one line about it.
+    async def start_engine(self, model_id: str, engine_id: str, options: Mapping[str, Any]) -> str:
+        """Start an engine process and wait until it serves; return one line about it. `options` as in `StoreCatalog.engine_spec`.
 
         Raises:
             SageError: it could not be started; the message has its last words.
         """
-        info = await self.manager.request_engine_startup(model_id, engine_id=engine_id)
+        info = await self.manager.request_engine_startup(model_id, engine_id, options)
         client = self.manager.get_engine_info(engine_id)
         return f"{engine_id}: {info.model_id}, pid {client.pid}"
 
@@ -278,17 +287,33 @@ async def add_local(manager: ControlPlaneManager, config: EngineConfig) -> Engin
     return engine
 
 
+def _engine_store(gateway: GatewayConfig) -> Store | None:
+    """Return the store of the engines of the server on this port; None without state."""
+    from sagellm_control_plane.live.store import Store
+
+    if gateway.state_path is None:
+        return None
+    return Store(Path(gateway.state_path).with_name(f"engines-{gateway.port}.sqlite"))
+
+
 def build_worker(
     configs: Sequence[EngineConfig],
     gateway: GatewayConfig,
     driver: LifecycleDriver | None,
     changes: Mapping[str, Any] | None = None,
+    *,
+    remember: bool = False,
     **policy: Any,
 ) -> House:
-    """Return a house over engines that another process runs: one of several gateways (``sage-llm serve --workers``)."""
+    """Return a house over engines that another process runs: one of several gateways (``sage-llm serve --workers``).
+
+    With `remember`, engines that are registered by address are noted as in `build_server`.
+    """
     from sagellm_control_plane.manager import ControlPlaneManager
 
-    manager = ControlPlaneManager(mode="local", driver=driver, catalog=StoreCatalog(configs, changes), **policy)
+    known = _engine_store(gateway) if remember else None
+    catalog = StoreCatalog(configs, changes)
+    manager = ControlPlaneManager(mode="http", driver=driver, catalog=catalog, store=known, **policy)
     return House(manager, [config.served_id for config in configs], gateway)
 
 
@@ -299,7 +324,7 @@ def build_server(
     *,
     remember: bool = False,
     keep_alive_s: float = 0.0,
-    begin: Sequence[tuple[str, str]] = (),
+    begin: Sequence[tuple[str, str, Mapping[str, Any]]] = (),
     **policy: Any,
 ) -> House:
     """Return a house whose engines will run in processes of their own.
@@ -311,20 +336,17 @@ def build_server(
         remember: note engines beside the gateway's state, one file for each port, so that after a kill -9 the next server on the
             port takes them over. Without it, or without state, they end with this process.
         keep_alive_s: idle seconds after which an engine unloads its model; 0 is never.
-        begin: (model, engine id) of engines that load from now on, beside everything else that a start does; `House.start_engine`
+        begin: (model, engine id, options) of engines that load from now on, beside everything else that a start does; `House.start_engine`
             then finds them under way, and `House.drop_begun` ends them if it never comes to that.
         policy: of the control plane.
     """
     from sagellm_control_plane.live.process_driver import ProcessDriver
-    from sagellm_control_plane.live.store import Store
 
-    known = None
-    if remember and gateway.state_path is not None:
-        known = Store(Path(gateway.state_path).with_name(f"engines-{gateway.port}.sqlite"))
+    known = _engine_store(gateway) if remember else None
     driver = ProcessDriver(partial(engine_argv, keep_alive_s=keep_alive_s), store=known)
     catalog = StoreCatalog(configs, changes)
-    for model_id, engine_id in begin:
-        driver.begin(catalog.engine_spec(model_id, engine_id, {}))
+    for model_id, engine_id, options in begin:
+        driver.begin(catalog.engine_spec(model_id, engine_id, options))
 
     from sagellm_control_plane.manager import ControlPlaneManager  # after the engines: they load while we import
 

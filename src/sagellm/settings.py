@@ -77,6 +77,7 @@ SETTINGS: dict[str, Setting] = {
             "auto_scale", bool, False, "start and stop engines by demand; load a stored model when it is asked for"
         ),
         Setting("pd_separation", bool, False, "prefill on one engine and decode on another where that is faster"),
+        Setting("roles", list, [], "what each of a model's engines is for: prefill, decode or any, in turn"),
         Setting("engine_file", str, None, "JSON or TOML list of engines that others run, followed while it changes"),
         Setting("discover", bool, False, "look for servers of other makers on local ports"),
         Setting("ctx", int, None, "tokens of one sequence, prompt and output"),

@@ -12,13 +12,17 @@ class Breaker:
 
     closed -> open after `config.failures` failures; open -> half-open when the pause is over; half-open -> closed on
     success, or open again with the pause doubled.
+
+    Attributes:
+        closed: nothing is wrong: `allows` and `on_dispatch` need not be called.
     """
 
-    __slots__ = ("_config", "_failures", "_open_until", "_pause", "_trial")
+    __slots__ = ("_config", "_failures", "_open_until", "_pause", "_trial", "closed")
 
     def __init__(self, config: BreakerConfig) -> None:
         self._config = config
         self._failures = 0
+        self.closed = True
         self._pause = config.open_s
         self._open_until = 0.0
         self._trial = False
@@ -30,25 +34,26 @@ class Breaker:
 
     def state(self, now: float) -> str:
         """Return ``closed``, ``open`` or ``half_open``."""
-        if self._failures < self._config.failures:
+        if self.closed:
             return "closed"
         return "open" if now < self._open_until else "half_open"
 
     def allows(self, now: float) -> bool:
         """Whether a request may be sent now."""
-        if self._failures < self._config.failures:
+        if self.closed:
             return True
         return now >= self._open_until and not self._trial
 
     def on_dispatch(self, now: float) -> None:
         """A request was sent; in the half-open state it is the only one until it ends."""
-        if self._failures >= self._config.failures and now >= self._open_until:
+        if not self.closed and now >= self._open_until:
             self._trial = True
 
     def on_success(self) -> None:
         """A request produced a token or ended well."""
         if self._failures:
             self._failures = 0
+            self.closed = True
             self._pause = self._config.open_s
             self._trial = False
 
@@ -57,6 +62,7 @@ class Breaker:
         was_trial = self._trial
         self._trial = False
         self._failures += 1
+        self.closed = self._failures < self._config.failures
         if self._failures == self._config.failures or was_trial:
             self._open_until = now + self._pause
             self._pause = min(self._pause * 2, self._config.max_open_s)
@@ -68,6 +74,7 @@ class Breaker:
     def reset(self) -> None:
         """The engine was replaced."""
         self._failures = 0
+        self.closed = True
         self._pause = self._config.open_s
         self._open_until = 0.0
         self._trial = False

@@ -16,11 +16,13 @@ SAME_DEATH_S = 1.0
 
 
 class Budget:
-    """A bucket of tries that fills by a share of the arrivals, and slowly by itself."""
+    """A bucket of tries that fills by a share of the arrivals (which `stats` counts), and slowly by itself."""
 
-    __slots__ = ("_at", "_ceiling", "_ratio", "_refill", "_tokens", "spent")
+    __slots__ = ("_at", "_ceiling", "_ratio", "_refill", "_seen", "_stats", "_tokens", "spent")
 
-    def __init__(self, ratio: float, minimum: float, refill_per_s: float) -> None:
+    def __init__(self, stats: Stats, ratio: float, minimum: float, refill_per_s: float) -> None:
+        self._stats = stats
+        self._seen = 0
         self._ratio = ratio
         self._ceiling = max(minimum, 1.0)
         self._refill = refill_per_s
@@ -28,13 +30,11 @@ class Budget:
         self._at = 0.0
         self.spent = 0
 
-    def on_arrival(self) -> None:
-        """A request arrived."""
-        tokens = self._tokens + self._ratio
-        self._tokens = tokens if tokens < self._ceiling * 10.0 else self._ceiling * 10.0
-
     def take(self, now: float) -> bool:
         """Spend one try; False when the bucket is empty."""
+        arrived = self._stats.arrived
+        self._tokens = min(self._tokens + (arrived - self._seen) * self._ratio, self._ceiling * 10.0)
+        self._seen = arrived
         if self._tokens < self._ceiling:
             self._tokens = min(self._ceiling, self._tokens + (now - self._at) * self._refill)
         self._at = now
@@ -45,9 +45,9 @@ class Budget:
         return True
 
 
-def hedge_budget(config: HedgeConfig) -> Budget:
+def hedge_budget(config: HedgeConfig, stats: Stats) -> Budget:
     """Return the budget of second attempts: a share of the arrivals and nothing else."""
-    return Budget(config.budget_ratio, 0.0, 0.0)
+    return Budget(stats, config.budget_ratio, 0.0, 0.0)
 
 
 def blame(engine: EngineView, now: float, *, progressed: bool, suspect: bool) -> float:
@@ -79,11 +79,7 @@ class Retries:
     def __init__(self, config: RetryConfig, stats: Stats) -> None:
         self._config = config
         self._stats = stats
-        self._budget = Budget(config.budget_ratio, config.budget_min, config.budget_min / 10.0)
-
-    def on_arrival(self) -> None:
-        """A request arrived: the budget grows."""
-        self._budget.on_arrival()
+        self._budget = Budget(stats, config.budget_ratio, config.budget_min, config.budget_min / 10.0)
 
     def verdict(self, record: Record, error: Error, now: float) -> Error | None:
         """Return the error to tell the client, or None when the sequence is sent on."""

@@ -11,6 +11,7 @@ from sagellm_control_plane.events import Dispatch
 from sagellm_control_plane.fairness import TokenCounters
 from sagellm_control_plane.ledger import Ledger
 from sagellm_control_plane.policies import policy_named
+from sagellm_control_plane.policies.base import all_candidates
 from sagellm_control_plane.records import Attempt, Record
 from sagellm_control_plane.routing import route_named
 from sagellm_control_plane.stats import Stats
@@ -61,10 +62,13 @@ class Placement:
         candidates = self._view.candidates(request, now, self._rng)
         if not candidates:
             return None
-        candidates = self._admission.narrow(candidates, request, now)
-        narrowed = self.policy.narrow(self._view, request, candidates, now)
-        if not narrowed:
-            return None
+        narrowed: Sequence[EngineView] = candidates
+        if self._config.admission.slo is not None:
+            narrowed = self._admission.narrow(candidates, request, now)
+        if self.policy.narrow is not all_candidates:
+            narrowed = self.policy.narrow(self._view, request, narrowed, now)
+            if not narrowed:
+                return None
         decision = self._choose(request, narrowed, now)
         hold = self._config.admission.hold_above_s
         if hold is not None and decision.engine.running:
@@ -105,7 +109,8 @@ class Placement:
         suspect = record.suspicion > 0.0
         prefill = self._ledger.take(first, uncached, context, now, suspect=suspect) if pair else None
         lease = self._ledger.take(engine, 1 if pair else uncached, context, now, suspect=suspect)
-        engine.breaker.on_dispatch(now)
+        if not engine.breaker.closed:
+            engine.breaker.on_dispatch(now)
         turn = self._view.turns.get(engine.profile.device)
         if turn is not None:
             turn.sent += 1

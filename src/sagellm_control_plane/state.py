@@ -67,7 +67,8 @@ class ControlState:
             config, self.view, self.records, self._placement, self.admission, self.counters, self.stats
         )
         self._retries = migration.Retries(config.retry, self.stats)
-        self._hedges = migration.hedge_budget(config.hedge)
+        self._judges = config.admission.slo is not None
+        self._hedges = migration.hedge_budget(config.hedge, self.stats)
         self._fleet = fleet = Fleet(config, self.view, self._waiting, self.stats)
         self._handlers: dict[type, Callable[[Any, float], list[Command]]] = {
             EngineJoined: fleet.on_joined,
@@ -125,17 +126,16 @@ class ControlState:
 
     def _on_arrived(self, event: RequestArrived, now: float) -> list[Command]:
         request = event.request
-        self._retries.on_arrival()
-        self._hedges.on_arrival()
         record = self.records.arrived(request)
         if not self._waiting.count(request.model):
             if not self.view.ready.get(request.model):
                 return self._no_engine(record, now)
             decision = self._placement.decide(request, now)
             if decision is not None:
-                late = self.admission.judge(request, decision, now)
-                if late is not None:
-                    return self._waiting.refuse(request, admission.refusal(request, late), "late")
+                if self._judges or request.deadline_s is not None:
+                    late = self.admission.judge(request, decision, now)
+                    if late is not None:
+                        return self._waiting.refuse(request, admission.refusal(request, late), "late")
                 self.records.keep(record)
                 return [self._placement.dispatch(record, decision, now)]
             return self._waiting.hold(record, now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from itertools import accumulate
 
 __all__ = ["LATENCY_BUCKETS", "Histogram", "Stats"]
 
@@ -28,6 +29,12 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.count += 1
         self.total += value
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """Return upper bounds, as text, and how many values lie at or below each: the form in which Prometheus wants it."""
+        return [
+            (str(bound), count) for bound, count in zip((*self.bounds, "+Inf"), accumulate(self.counts), strict=True)
+        ]
 
     @property
     def mean(self) -> float:

@@ -276,7 +276,7 @@ class ClusterView:
             return []
         if len(ready) > self.FULL_SCAN:
             ready = self._sample(ready, request, rng)
-        usable = [e for e in ready if e.running + e.others < e.limit and e.breaker.allows(now)]
+        usable = [e for e in ready if e.running + e.others < e.limit and (e.breaker.closed or e.breaker.allows(now))]
         if not usable:
             # All breakers open: trying a doubtful engine beats refusing (the panic mode of load balancers).
             usable = [e for e in ready if e.has_room]

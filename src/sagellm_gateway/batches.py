@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import msgspec
 
 from sagellm_gateway.context import Message, Principal
 from sagellm_gateway.errors import HttpError
+from sagellm_gateway.ids import new_id
 from sagellm_gateway.jsonbody import decode_object
 from sagellm_protocol.errors import InvalidArgumentError
 from sagellm_protocol.generation import Priority
@@ -137,7 +137,7 @@ class BatchRunner:
             "body": msgspec.json.decode(body) if body else None,
         }
         row = {
-            "id": "batch_req_" + secrets.token_hex(12),
+            "id": new_id("batch_req_"),
             "custom_id": line.custom_id,
             "response": response,
             "error": None,
@@ -156,7 +156,7 @@ class BatchRunner:
         return status, request_id, body
 
     async def _call(self, owner: str, line: _Line) -> tuple[int, str, bytes]:
-        request_id = "req_" + secrets.token_hex(12)
+        request_id = new_id("req_")
         scope: dict[str, Any] = {
             "type": "http",
             "method": "POST",

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -211,7 +211,7 @@ class Gateway:
         if self.draining:
             raise UnavailableError("the server is shutting down: try another one", retry_after_s=5)
         bound = self.config.limits.in_flight
-        unattended = sum(not run.done for run in self.background.values())
+        unattended = sum(not run.done for run in self.background.values()) if self.background else 0
         if len(self.in_flight) + unattended >= bound:
             raise HttpError(
                 429,
@@ -235,9 +235,13 @@ class Gateway:
 
 
 class Call:
-    """One request: its scope, its body, and the ways to answer it."""
+    """One request: its scope, its body, and the ways to answer it.
 
-    __slots__ = ("_raw_headers", "gateway", "headers_out", "receive", "request_id", "scope", "send", "shape", "started")
+    Attributes:
+        headers: the first of each name (in lower case).
+    """
+
+    __slots__ = ("gateway", "headers", "headers_out", "receive", "request_id", "scope", "send", "shape", "started")
 
     def __init__(self, gateway: Gateway, scope: Scope, receive: Receive, send: Send, shape: Shape) -> None:
         self.gateway = gateway
@@ -246,6 +250,7 @@ class Call:
         self.send = send
         self.shape = shape
         self.request_id: str = scope.get("sagellm.request_id", "")
+        self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
         self.headers_out: Headers = []
         self.started = False
 
@@ -275,10 +280,7 @@ class Call:
 
     def header(self, name: bytes) -> bytes | None:
         """Return the first header of that (lower-case) name."""
-        for key, value in self.scope["headers"]:
-            if key == name:
-                return bytes(value)
-        return None
+        return self.headers.get(name)
 
     def query(self) -> dict[str, str]:
         """Return the query string's parameters, the last of each name."""
@@ -295,12 +297,17 @@ class Call:
         """
         limits, timeouts = self.gateway.config.limits, self.gateway.config.timeouts
         bound = limits.body_bytes if max_bytes is None else max_bytes
-        encoding = self.header(b"content-encoding")
-        if encoding not in (None, b"", b"identity"):
+        if self.headers.get(b"content-encoding", b"") not in (b"", b"identity"):
             raise HttpError(
                 415, "a Content-Encoding is not accepted: send the body uncompressed", code="unsupported_encoding"
             )
-        length = self.header(b"content-length")
+        taken = self.scope.get("sagellm.whole_body")
+        whole: bytes | None = taken() if taken is not None else None
+        if whole is not None:
+            if len(whole) > bound:
+                raise _too_large(bound)
+            return whole
+        length = self.headers.get(b"content-length")
         if length is not None and length.isdigit() and int(length[:20]) > bound:
             await self._discard()
             raise _too_large(bound)
@@ -348,8 +355,8 @@ class Call:
 
     async def json_object(self) -> dict[str, Any]:
         """Read the body as one JSON object; see `sagellm_gateway.jsonbody`."""
-        content_type = self.header(b"content-type")
-        if content_type and not _TYPES_THAT_MAY_BE_JSON.match(content_type):
+        content_type = self.headers.get(b"content-type")
+        if content_type and content_type != b"application/json" and not _TYPES_THAT_MAY_BE_JSON.match(content_type):
             raise HttpError(415, "send the body as Content-Type: application/json", code="unsupported_media_type")
         body = await self.body()
         depth = self.gateway.config.limits.json_depth
@@ -357,10 +364,10 @@ class Call:
             return await asyncio.to_thread(jsonbody.decode_object, body, depth)
         return jsonbody.decode_object(body, depth)
 
-    def ignore(self, names: Iterable[str]) -> None:
+    def ignore(self, names: Sequence[str]) -> None:
         """Name request fields that have no effect in the response header ``x-sagellm-ignored-params``."""
-        shown = [name if _PLAIN.match(name) else "?" for name in names]
-        if shown:
+        if names:
+            shown = [name if _PLAIN.match(name) else "?" for name in names]
             self.headers_out.append((b"x-sagellm-ignored-params", ",".join(shown[:32]).encode()))
 
     async def reply(

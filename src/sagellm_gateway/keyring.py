@@ -115,7 +115,8 @@ class KeyRing:
             UnauthenticatedError: no key, or one that is not known.
             HttpError: 400, more than one key.
         """
-        await self.refresh()
+        if time.monotonic() - self._checked >= _REFRESH_S:
+            await self.refresh()
         if not self.demanded:
             return ANONYMOUS
         secret = _secret(scope, self._key_bytes)

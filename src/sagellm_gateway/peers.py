@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
 from sagellm_protocol.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -41,6 +43,12 @@ def duty(gateway: Gateway, what: str, body: Any) -> Any:
             _set_policy(manager, *body)
         case "drain":
             manager.start_engine_drain(body)
+        case "register":
+            return msgspec.to_builtins(manager.register_engine(*body))
+        case "unregister":
+            return msgspec.to_builtins(manager.unregister_engine(body))
+        case "heartbeat":
+            return msgspec.to_builtins(manager.record_engine_heartbeat(body))
         case "spent":
             gateway.keyring.spent_elsewhere(body)
         case "metrics":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import accumulate
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -76,6 +75,4 @@ class PlaneCollector:
         histograms = self._manager.histograms()
         for name, (field, text) in _HISTOGRAMS.items():
             found = histograms[field]
-            counts = list(accumulate(found.counts))
-            buckets = [(str(bound), count) for bound, count in zip((*found.bounds, "+Inf"), counts, strict=True)]
-            yield HistogramMetricFamily(name, text, buckets=buckets, sum_value=found.total)
+            yield HistogramMetricFamily(name, text, buckets=found.cumulative(), sum_value=found.total)

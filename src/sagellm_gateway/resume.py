@@ -65,9 +65,9 @@ def resume_of(call: Call, prefix: str) -> Resume | None:
     Raises:
         InvalidArgumentError: a Last-Event-ID that is none of ours.
     """
-    raw = call.header(b"last-event-id")
+    raw = call.headers.get(b"last-event-id")
     if raw is None:
-        return Resume() if (call.header(b"x-stream-resume") or b"").lower() in (b"true", b"1") else None
+        return Resume() if call.headers.get(b"x-stream-resume", b"").lower() in (b"true", b"1") else None
     match = _EVENT_ID.fullmatch(raw.decode("latin-1"))
     if match is None or not match[1].startswith(prefix):
         raise InvalidArgumentError(

@@ -61,7 +61,7 @@ class _Stream:
         self.loop = asyncio.get_running_loop()
         self.last_write = self.loop.time()
         self.writer: asyncio.Task[None] | None = None
-        self.timer = self.loop.call_later(call.gateway.config.timeouts.first_ping, self._on_timer)
+        self.timer: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
         """Write everything, the end included."""
@@ -112,6 +112,8 @@ class _Stream:
 
     def flush(self) -> None:
         """Write what has gathered, unless an earlier write still waits for the reader: then its task goes on with this."""
+        if self.timer is None:
+            self.timer = self.loop.call_later(self.call.gateway.config.timeouts.first_ping, self._on_timer)
         if self.pending and self.writer is None:
             data = b"".join(self.pending)
             self.pending.clear()
@@ -169,7 +171,8 @@ class _Stream:
 
     async def close(self) -> None:
         """Stop what still runs."""
-        self.timer.cancel()
+        if self.timer is not None:
+            self.timer.cancel()
         if self.writer is not None:
             self.writer.cancel()
             await asyncio.wait([self.writer])
@@ -222,19 +225,22 @@ async def stream(call: Call, events: AsyncGenerator[Any, None], frames: Frames) 
         ClientGoneError: the client hung up, or reads too slowly.
     """
     call.gateway.admit()
-    async with contextlib.aclosing(events), Guard(call.scope, call.receive, call.gateway.in_flight) as guard:
-        out = _Stream(call, events, frames, guard)
-        try:
-            await out.run()
-        except asyncio.CancelledError:
-            if not (call.started and isinstance(guard.reason, SageError)):
-                raise
-            # The server gave up on a stream that has begun (grace time over): say so in the stream.
-            call.scope["sagellm.outcome"] = guard.reason.code.value
-            guard.settle()
-            await out.finish(frames.error(guard.reason))
-        finally:
-            await out.close()
+    try:
+        async with Guard(call.scope, call.receive, call.gateway.in_flight) as guard:
+            out = _Stream(call, events, frames, guard)
+            try:
+                await out.run()
+            except asyncio.CancelledError:
+                if not (call.started and isinstance(guard.reason, SageError)):
+                    raise
+                # The server gave up on a stream that has begun (grace time over): say so in the stream.
+                call.scope["sagellm.outcome"] = guard.reason.code.value
+                guard.settle()
+                await out.finish(frames.error(guard.reason))
+            finally:
+                await out.close()
+    finally:
+        await events.aclose()
 
 
 @contextlib.asynccontextmanager

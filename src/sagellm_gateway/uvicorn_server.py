@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Any, cast
+from typing import Any
+from urllib.parse import unquote
 
+import httptools
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from sagellm_gateway.config import GatewayConfig
 from sagellm_gateway.context import Gateway
@@ -24,43 +26,89 @@ _LINGER_S = 2.0
 _PIPELINED = 4
 
 
-class _JoinedHead:
-    """A transport that sends the head of an answer together with the first bytes of its body: uvicorn writes them apart.
+class _Cycle(RequestResponseCycle):
+    """One request and its answer. The head leaves together with the first bytes of the body: uvicorn writes them apart.
 
     A write to a socket is what costs most in a short answer, and a second packet wakes the client twice.
     """
 
-    __slots__ = ("_head", "_loop", "_transport")
+    _head = b""
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._head = b""
-
-    def write(self, data: bytes) -> None:
-        if self._head:
-            data, self._head = self._head + data, b""
-        elif data.startswith(b"HTTP/"):
-            self._head = data
-            self._loop.call_soon(self._flush)  # if nothing follows at once
+    async def send(self, message: Any) -> None:
+        """ASGI's send."""
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected:
             return
-        self._transport.write(data)
+        if message["type"] == "http.response.start" and not self.response_started:
+            self._begin(message["status"], message.get("headers", ()))
+        elif message["type"] == "http.response.body" and self.response_started and not self.response_complete:
+            self._body(message.get("body", b""), more=message.get("more_body", False))
+        else:
+            raise RuntimeError(f"{message['type']} does not come next in an answer")
 
-    def _flush(self) -> None:
-        if self._head:
-            data, self._head = self._head, b""
-            self._transport.write(data)
+    def _begin(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        self.response_started = True
+        self.waiting_for_100_continue = False
+        lines, said = [STATUS_LINE[status]], False
+        for name, value in (*self.default_headers, *headers):
+            lines.append(name + b": " + value + b"\r\n")
+            if name == b"content-length":
+                self.expected_content_length = int(value)
+                self.chunked_encoding = False
+            elif name == b"transfer-encoding":
+                self.chunked_encoding = True
+            elif name == b"connection" and value == b"close":
+                self.keep_alive, said = False, True
+        if not (self.keep_alive or said):
+            lines.append(b"connection: close\r\n")
+        if self.chunked_encoding is None and self.scope["method"] != "HEAD" and status not in (204, 304):
+            self.chunked_encoding = True
+            lines.append(b"transfer-encoding: chunked\r\n")
+        head = b"".join(lines)
+        # Whatever values hold, a head has the lines that were put into it.
+        if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines) or b"\0" in head:
+            raise RuntimeError("a header of the answer holds a line break or NUL")
+        self._head = head + b"\r\n"
+        asyncio.get_running_loop().call_soon(self.flush)  # if nothing follows at once
 
-    def write_eof(self) -> None:
-        self._flush()
-        self._transport.write_eof()
+    def _body(self, body: bytes, *, more: bool) -> None:
+        if self.scope["method"] == "HEAD":
+            self.expected_content_length, body = 0, b""
+        elif self.chunked_encoding:
+            if body:
+                body = b"%x\r\n%b\r\n" % (len(body), body)
+            if not more:
+                body += b"0\r\n\r\n"
+        else:
+            self.expected_content_length -= len(body)
+            if self.expected_content_length < 0 or (self.expected_content_length and not more):
+                raise RuntimeError("the answer's body is not as long as its content-length says")
+        head, self._head = self._head, b""
+        if head or body:
+            self.transport.write(head + body)
+        if not more:
+            self.response_complete = True
+            self.message_event.set()
+            if not self.keep_alive:
+                self.transport.close()
+            self.on_response()
 
-    def close(self) -> None:
-        self._flush()
-        self._transport.close()
+    def whole_body(self) -> bytes | None:
+        """Return the request's body if all of it is here, once; None if it has to be received."""
+        if self.more_body or self.disconnected:
+            return None
+        body = bytes(self.body)
+        self.body = bytearray()
+        self.message_event.clear()
+        self.flow.resume_reading()
+        return body
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
+    def flush(self) -> None:
+        """Write a head that still waits for its body."""
+        head, self._head = self._head, b""
+        if head and not self.transport.is_closing():
+            self.transport.write(head)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -68,6 +116,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     When a connection is lost uvicorn tells the request that was parsed last. With pipelining that is not the one that runs.
     ``scope["sagellm.on_disconnect"]`` is told who wants to know when the connection ends: cheaper than a task that waits for it.
+    ``scope["sagellm.whole_body"]`` gives a body that has arrived: cheaper than to wait for it under a deadline.
     """
 
     header_seconds = 10.0
@@ -75,7 +124,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock: a connection that never sends a request is closed too."""
-        super().connection_made(_JoinedHead(transport, self.loop))  # type: ignore[arg-type]
+        super().connection_made(transport)
         self._watcher: Callable[[], None] | None = None
         self._lost = False
         self._header_size = 0
@@ -125,14 +174,47 @@ class BoundedProtocol(HttpToolsProtocol):
         """A new request (also one that was pipelined behind another) counts from zero."""
         self._in_headers = True
         super().on_message_begin()
-        cast("dict[str, Any]", self.scope)["sagellm.on_disconnect"] = self._watch
+        scope: Any = self.scope
+        scope["sagellm.on_disconnect"] = self._watch
 
     def on_headers_complete(self) -> None:
-        """The header block is in: stop the clock."""
+        """The header block is in: stop the clock, and begin, or wait behind the request that runs."""
         self._in_headers = False
         self._header_size = 0
         self._stop_timer()
-        super().on_headers_complete()
+        parser: Any = self.parser
+        scope: Any = self.scope
+        version = parser.get_http_version()
+        scope["method"] = parser.get_method().decode("ascii")
+        scope["http_version"] = version
+        if self.url.startswith(b"/") and b"#" not in self.url:
+            raw_path, _, scope["query_string"] = self.url.partition(b"?")
+        else:
+            url = httptools.parse_url(self.url)
+            raw_path, scope["query_string"] = url.path, url.query or b""
+        path = raw_path.decode("ascii")
+        scope["path"] = unquote(path) if "%" in path else path
+        scope["raw_path"] = raw_path
+        before = self.cycle
+        self.cycle = cycle = _Cycle(
+            scope=self.scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=version != "1.0" and parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        scope["sagellm.whole_body"] = cycle.whole_body
+        if before is None or before.response_complete:
+            self._start_asgi_task(cycle, self.app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, self.app))
         if not self.pipeline:  # else it waits behind another one
             self._running = self.cycle
         elif len(self.pipeline) < _PIPELINED:

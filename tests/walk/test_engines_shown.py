@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
+import pytest
 
 
 def test_each_engine_is_shown_with_its_process_load_and_kv(start_server, tmp_path):
@@ -39,3 +41,47 @@ def test_each_engine_is_shown_with_its_process_load_and_kv(start_server, tmp_pat
     printed = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=60, check=True)
     assert over_http
     assert over_http[-1] in printed.stdout, json.dumps(over_http)
+
+
+def test_engines_have_the_roles_that_they_were_started_with(start_server, tmp_path):
+    """`serve --pd-separation --role` and `engine start --role` say what an engine is for, and long prompts are split between them."""
+    flags = ("--engines", "2", "--pd-separation", "--role", "prefill", "--role", "decode", "--parallel", "16")
+    server = start_server("--mock", *flags, env={"XDG_STATE_HOME": str(tmp_path)})
+    command = [sys.executable, "-m", "sagellm", "engine", "start", "mock", "--id", "third", "--role", "decode"]
+    subprocess.run([*command, "--url", server.base_url], capture_output=True, timeout=60, check=True)
+    with httpx2.Client(base_url=server.base_url.removesuffix("/v1"), timeout=60, trust_env=False) as http:
+        engines = http.get("/v1/management/engines").json()["engines"]
+        assert {e["engine_id"]: e["metadata"]["role"] for e in engines} == {
+            "mock-1": "prefill", "mock-2": "decode", "third": "decode"
+        }  # fmt: skip
+        short = {
+            "model": "mock",
+            "messages": [{"role": "user", "content": "hi"}],
+            "max_tokens": 400,
+            "ignore_eos": True,
+        }
+        long = {**short, "messages": [{"role": "user", "content": "a long story " * 200}], "max_tokens": 20}
+        with ThreadPoolExecutor(16) as pool:
+            decoding = [pool.submit(http.post, "/v1/chat/completions", json=short) for _ in range(12)]
+            for _ in range(3):
+                assert http.post("/v1/chat/completions", json=long).json()["usage"]["completion_tokens"] == 20
+            assert all(job.result().status_code == 200 for job in decoding)
+        scheduling = http.get("/v1/management/status").json()["scheduling"]
+    assert scheduling["splits"] > 0
+    assert scheduling["kv_transfers"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--role", "prefill"], "add it"),
+        (["--pd-separation", "--engines", "3", "--role", "prefill", "--role", "decode"], "2 times for 3 engines"),
+        (["--pd-separation", "--engines", "1", "--role", "both"], "any, prefill, decode"),
+    ],
+)
+def test_roles_without_effect_are_refused(capsys, flags, said):
+    """Roles that nothing heeds, that are not one for each engine, or that do not exist are refused with the cure."""
+    from sagellm.cli.main import main
+
+    assert main(["serve", "--mock", "--port", "0", *flags]) == 1
+    assert said in capsys.readouterr().err

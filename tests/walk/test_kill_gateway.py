@@ -2,18 +2,9 @@
 
 import os
 import signal
-import socket
 from pathlib import Path
 
 import httpx2
-import pytest
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def chat(url: str) -> str:

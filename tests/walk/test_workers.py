@@ -235,3 +235,63 @@ def test_rates_hold_over_all_workers(start_server, tmp_path, by_worker):
     assert statuses.count(200) in (20, 21)
     wait_until(lambda: other.post("/v1/embeddings", json={}, headers=ann).status_code == 429)
     server.stop()
+
+
+def test_an_engine_that_one_worker_is_told_of_serves_at_all(start_server, served, by_worker):
+    """An engine by address serves at every worker, also at one that begins later; its heartbeat and its end reach all."""
+    elsewhere = start_server("--mock")
+    port = httpx2.URL(elsewhere.base_url).port
+    root = served.base_url.removesuffix("/v1")
+    clients = by_worker(root, pids(served.output, "workers"))
+    engine = {
+        "engine_id": "elsewhere", "model_id": "theirs", "host": "127.0.0.1", "port": port,
+        "metadata": {"served_model": "mock", "lease_s": 60},
+    }  # fmt: skip
+    one, other = clients.values()
+    registered = one.post("/v1/management/engines/register", json=engine)
+    assert (registered.status_code, registered.json()["engine_id"]) == (201, "elsewhere")
+    assert other.post("/v1/management/engines/register", json=engine).status_code == 400  # it is there already
+    assert one.post("/v1/management/engines/register", json={**engine, "port": 0}).status_code == 400
+    for client in clients.values():
+        wait_until(lambda client=client: serves(client))
+    assert other.post("/v1/management/engines/elsewhere/heartbeat", json={}).status_code == 200
+    dead = next(iter(clients))
+    os.kill(dead, signal.SIGKILL)
+    del clients[dead]
+    wait_until(lambda: any("starting another" in line for line in served.output))
+    wait_until(lambda: len(other.get("/v1/management/status").json()["gateway"]["processes"]) == 2)
+    successor = {p["pid"] for p in other.get("/v1/management/status").json()["gateway"]["processes"]} - set(clients)
+    clients |= by_worker(root, [*clients, *successor])
+    for client in clients.values():
+        wait_until(lambda client=client: serves(client))
+    (new,) = (clients[pid] for pid in successor)
+    assert new.delete("/v1/management/engines/elsewhere").status_code == 200
+    assert [client.get("/v1/management/engines/elsewhere").status_code for client in clients.values()] == [404, 404]
+    assert chat(served.base_url)
+
+
+def serves(client: httpx2.Client) -> bool:
+    reply = client.post("/v1/chat/completions", json={**BODY, "model": "theirs", "max_tokens": 4})
+    return reply.status_code == 200 and reply.json()["usage"]["completion_tokens"] == 4
+
+
+def test_engines_by_address_are_known_after_the_supervisor_was_killed(start_server, tmp_path, port):
+    """A server with workers that was killed and starts again on its port knows the engines that were registered there."""
+    elsewhere = start_server("--mock")
+    engine = {
+        "engine_id": "elsewhere", "model_id": "theirs", "host": "127.0.0.1",
+        "port": httpx2.URL(elsewhere.base_url).port, "metadata": {"served_model": "mock"},
+    }  # fmt: skip
+    flags, env = ("--mock", "--workers", "2", "--port", str(port)), {"XDG_STATE_HOME": str(tmp_path)}
+    first = start_server(*flags, env=env)
+    wait_until(lambda: any(line.startswith("stop") for line in first.output))
+    with httpx2.Client(base_url=first.base_url.removesuffix("/v1"), timeout=20) as client:
+        assert client.post("/v1/management/engines/register", json=engine).status_code == 201
+    children = [*pids(first.output, "engine"), *pids(first.output, "workers")]
+    os.kill(first.pid, signal.SIGKILL)
+    wait_until(lambda: not any(state(pid) for pid in children))
+    second = start_server(*flags, env=env)
+    wait_until(lambda: any(line.startswith("stop") for line in second.output))
+    with httpx2.Client(base_url=second.base_url.removesuffix("/v1"), timeout=20) as client:
+        wait_until(lambda: serves(client))
+        assert client.delete("/v1/management/engines/elsewhere").status_code == 200

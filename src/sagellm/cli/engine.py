@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
@@ -30,11 +30,16 @@ def start(
     engine_id: Annotated[
         str | None, typer.Option("--id", help="Engine id; the default follows from the model.")
     ] = None,
+    role: Annotated[
+        str | None, typer.Option(help="What it is for where prefill and decode are apart: prefill, decode or any.")
+    ] = None,
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
     """Start an engine for a model, and wait until it serves."""
-    body = {"model_id": model, **({"engine_id": engine_id} if engine_id else {})}
+    body: dict[str, Any] = {"model_id": model, **({"engine_id": engine_id} if engine_id else {})}
+    if role is not None:
+        body["options"] = {"role": role}
     info = call("POST", "/management/engines", body, url=url, api_key=api_key)
     print(f"{info['engine_id']} serves {info['model_id']}, pid {info['pid']}")
 

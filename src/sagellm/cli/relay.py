@@ -14,6 +14,8 @@ __all__ = ["Relay"]
 
 _WAIT_S = 5.0
 _METRICS = "metrics"
+_UNDOES = ("unregister",)
+"""Duties after which nothing is left to repeat of what was said under their name."""
 
 
 @dataclass
@@ -64,7 +66,9 @@ class Relay:
         """Pass a worker's question on to all others."""
         number = next(self._numbers)
         passed = msgspec.structs.replace(ask, number=number)
-        if ask.lasting:
+        if ask.what in _UNDOES:
+            self.forget(ask.lasting)
+        elif ask.lasting:
             self._lasting[ask.lasting] = passed
         # Metrics are asked of the asker too, although it has its own: they are kept for the day that it ends.
         waiting = set(self._writers) if ask.what == _METRICS else self._writers.keys() - {asker}

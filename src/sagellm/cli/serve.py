@@ -77,6 +77,14 @@ def serve(
             rich_help_panel=_CONTROL,
         ),
     ] = None,
+    roles: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--role",
+            help="What an engine of each model is for: prefill, decode or any; once for each of --engines.",
+            rich_help_panel=_CONTROL,
+        ),
+    ] = None,
     state: Annotated[
         str | None,
         typer.Option(
@@ -157,6 +165,7 @@ def start(given: dict[str, Any], name: str | None = None, *, no_models: bool = F
             port=values["port"],
             models=tuple(chosen),
             engines=values["engines"],
+            roles=_roles(values),
             policy=values["policy"],
             control={
                 "routing_strategy": values["routing"],
@@ -173,6 +182,26 @@ def start(given: dict[str, Any], name: str | None = None, *, no_models: bool = F
             keep_alive_s=values["keep_alive"],
         )
     )
+
+
+def _roles(values: dict[str, Any]) -> tuple[str, ...]:
+    """Return the roles of each model's engines.
+
+    Raises:
+        InvalidArgumentError: an unknown one, another number than there are engines, or nothing that would heed them.
+    """
+    from sagellm_control_plane.live.arguments import check_role
+
+    roles = tuple(values["roles"])
+    for role in roles:
+        check_role(role)
+    if roles and not values["pd_separation"]:
+        raise InvalidArgumentError("--role has no effect without --pd-separation: add it", param="roles")
+    if roles and len(roles) != values["engines"]:
+        raise InvalidArgumentError(
+            f"--role is given {len(roles)} times for {values['engines']} engines: give it once for each", param="roles"
+        )
+    return roles
 
 
 def _models(given: dict[str, Any], values: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ class ServeOptions:
         host, port: address to listen on; port 0 takes a free one.
         models: (name or None, stored name or path) of each model.
         engines: engine processes for each model.
+        roles: of a model's engines in turn (``prefill``, ``decode``, ``any``), or none.
         policy: scheduling policy.
         control: further keyword arguments of `ControlPlaneManager`: routing, and what is switched on.
         changes: to every engine's configuration.
@@ -49,6 +50,7 @@ class ServeOptions:
     port: int
     models: tuple[tuple[str | None, str], ...]
     engines: int = 1
+    roles: tuple[str, ...] = ()
     policy: str = "adaptive"
     control: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
@@ -68,6 +70,14 @@ class ServeOptions:
 
         shared = len(self.models) > 1
         return [compose.engine_config(model, self.changes, name=name, shared=shared) for name, model in self.models]
+
+    def planned(self, configs: Iterable[EngineConfig]) -> list[tuple[str, str, dict[str, Any]]]:
+        """Return model, engine id and options of each engine that is to run."""
+        return [
+            (c.served_id, engine_name(c.served_id, k, self.engines), {"role": self.roles[k]} if self.roles else {})
+            for c in configs
+            for k in range(self.engines)
+        ]
 
 
 def serve_until_stopped(options: ServeOptions) -> None:
@@ -102,13 +112,11 @@ def serve_until_stopped(options: ServeOptions) -> None:
         options.changes,
         remember=options.port != 0,
         keep_alive_s=options.keep_alive_s,
-        begin=[
-            (c.served_id, engine_name(c.served_id, k, options.engines)) for c in configs for k in range(options.engines)
-        ],
+        begin=options.planned(configs),
         scheduling_policy=options.policy,
         **options.control,
     )
-    start = _Start(house, configs, options.engines, url, began)
+    start = _Start(house, configs, options, url, began)
     try:
         _serve(house, start, gateway, sock)
     finally:
@@ -178,10 +186,12 @@ def trim_heap() -> None:
 class _Start:
     """Starts the engines once the event loop runs, and tells about each phase."""
 
-    def __init__(self, house: House, configs: list[EngineConfig], engines: int, url: str, began: float) -> None:
+    def __init__(
+        self, house: House, configs: list[EngineConfig], options: ServeOptions, url: str, began: float
+    ) -> None:
         self.house = house
         self.configs = configs
-        self.engines = engines
+        self.options = options
         self.url = url
         self.began = began
         self.server: GatewayServer | None = None
@@ -203,9 +213,10 @@ class _Start:
 
         self.house.set_ready(False)
         try:
-            for config in self.configs:
-                for k in range(self.engines):
-                    await self._start_engine(config, k)
+            for model_id, engine_id, options in self.options.planned(self.configs):
+                started = time.perf_counter()
+                line = await self.house.start_engine(model_id, engine_id, options)
+                say("engine", f"{line} ({time.perf_counter() - started:.1f} s)")
         except SageError as error:
             self.failure = error
             if self.server is not None:
@@ -215,12 +226,6 @@ class _Start:
         self.house.set_ready(True)
         trim_heap()
         announce(self.url, self.began, self.house.key_state(), self.configs)
-
-    async def _start_engine(self, config: EngineConfig, k: int) -> None:
-        started = time.perf_counter()
-        engine_id = engine_name(config.served_id, k, self.engines)
-        line = await self.house.start_engine(config.served_id, engine_id)
-        say("engine", f"{line} ({time.perf_counter() - started:.1f} s)")
 
 
 def _shown_host(host: str) -> str:

@@ -22,7 +22,7 @@ import msgspec
 
 from sagellm import compose
 from sagellm.cli.relay import Relay
-from sagellm.cli.server_process import ServeOptions, announce, engine_name, say
+from sagellm.cli.server_process import ServeOptions, announce, say
 from sagellm_control_plane.live.child import Child, describe_exit
 from sagellm_control_plane.live.follower import (
     LINE_BYTES,
@@ -105,9 +105,8 @@ class Supervisor(LifecycleListener):
             loop.add_signal_handler(number, self._stopping.set)
         slots: list[asyncio.Task[None]] = []
         try:
-            for config in self._configs:
-                for k in range(self._options.engines):
-                    await self._start_engine(config.served_id, engine_name(config.served_id, k, self._options.engines))
+            for model_id, engine_id, told in self._options.planned(self._configs):
+                await self._start_engine(model_id, engine_id, told)
             slots = [asyncio.create_task(self._keep_worker()) for _ in range(self._count)]
             await self._first(self._all_up.wait())
             if not self._stopping.is_set():
@@ -127,9 +126,9 @@ class Supervisor(LifecycleListener):
         for task in tasks:
             task.cancel()
 
-    async def _start_engine(self, model_id: str, engine_id: str) -> None:
+    async def _start_engine(self, model_id: str, engine_id: str, options: dict[str, Any]) -> None:
         began = time.perf_counter()
-        await self._driver.start_engine(self._catalog.engine_spec(model_id, engine_id, {}), self)
+        await self._driver.start_engine(self._catalog.engine_spec(model_id, engine_id, options), self)
         say("engine", f"{engine_id}: {model_id}, pid {self._up[engine_id].pid} ({time.perf_counter() - began:.1f} s)")
 
     # the listener of the process driver
@@ -241,13 +240,18 @@ def main(control_fd: int, listen_fd: int) -> None:
     configs = options.configs()
     driver = FollowerDriver(control, Path(order.log_dir))
     house = compose.build_worker(
-        configs, gateway, driver, options.changes, scheduling_policy=options.policy, **options.control
+        configs,
+        gateway,
+        driver,
+        options.changes,
+        remember=options.port != 0,
+        scheduling_policy=options.policy,
+        **options.control,
     )
 
     async def bring_up() -> None:
-        for config in configs:
-            for k in range(options.engines):
-                await house.start_engine(config.served_id, engine_name(config.served_id, k, options.engines))
+        for model_id, engine_id, told in options.planned(configs):
+            await house.start_engine(model_id, engine_id, told)
         house.share(driver)
         calm_collector()
         house.set_ready(True)

@@ -71,6 +71,8 @@ class Adapters:
 
     def applied(self, request: _R) -> _R:
         """Return a request for an adapter's name as one for its model with the adapter."""
+        if self._serves(request.model):
+            return request
         base = self.base_of(request.model)
         if base == request.model:
             return request

@@ -12,7 +12,16 @@ from sagellm_control_plane.routing import route_named
 from sagellm_control_plane.types import PDSeparationConfig
 from sagellm_protocol.errors import InvalidArgumentError
 
-__all__ = ["check_mode", "check_scaling", "configured", "separated"]
+__all__ = ["ROLES", "check_mode", "check_role", "check_scaling", "configured", "separated"]
+
+
+ROLES = ("any", "prefill", "decode")
+
+
+def check_role(role: object) -> None:
+    """Raise `InvalidArgumentError` for a role that no engine can have."""
+    if role not in ROLES:
+        raise InvalidArgumentError(f"the role is {role!r}: use one of {', '.join(ROLES)}", param="role")
 
 
 def check_mode(mode: str, engine_file: object, *, discover: bool) -> None:

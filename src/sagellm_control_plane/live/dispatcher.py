@@ -170,6 +170,8 @@ class Dispatcher:
         if len(ready) < 2:
             return (), 0
         size = ready[0].profile.block_size
+        if len(request.prompt_token_ids) < size:
+            return (), size
         names = block_hashes(
             request.prompt_token_ids, block_size=size, adapter=request.adapter, salt=request.cache_salt
         )

@@ -6,10 +6,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from sagellm_control_plane.live.arguments import check_role
 from sagellm_control_plane.live.dispatcher import Dispatcher
 from sagellm_control_plane.live.lifecycle import (
     ClientFactory,
@@ -54,7 +55,7 @@ class Engines:
         restart: RestartPolicy,
         store: Store | None = None,
     ) -> None:
-        self._book = EngineBook(store)
+        self._book = EngineBook(store, borrowed=getattr(driver, "borrowed", False))
         self._dispatcher = dispatcher
         self._registry = dispatcher.registry
         self._prober = prober
@@ -83,7 +84,7 @@ class Engines:
         model = self.text_side(model_id)
         if not hasattr(model, "prepare"):
             raise UnsupportedError(f"model {model_id!r} gives vectors, not text", param="model")
-        return cast("ChatModel", model)
+        return model  # type: ignore[return-value]  # it has `prepare`
 
     def embedding_model(self, model_id: str) -> EmbeddingModel:
         """Return the text side of a model that gives vectors.
@@ -213,6 +214,7 @@ class Engines:
     def _info(
         self, engine_id: str, model_id: str, kind: str, metadata: Mapping[str, Any], host: str = "", port: int = 0
     ) -> EngineInfo:
+        check_role(metadata.get("role", "any"))
         return EngineInfo(
             engine_id=engine_id,
             model_id=model_id,
@@ -266,7 +268,7 @@ class Engines:
 
     def _expect(self, spec: EngineSpec) -> Engine:
         """Register an engine that is about to start, or that was found running."""
-        info = self._info(spec.engine_id, spec.model_id, spec.kind, {})
+        info = self._info(spec.engine_id, spec.model_id, spec.kind, spec.metadata)
         info.managed = True
         engine = Engine(info, spec=spec)
         self._registry.add(engine)

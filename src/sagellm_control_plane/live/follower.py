@@ -114,6 +114,9 @@ class FollowerDriver:
         log_dir: where the supervisor's driver keeps the engines' logs.
     """
 
+    borrowed = True
+    """Its engines are those of another process, which remembers them."""
+
     def __init__(self, control: socket.socket, log_dir: Path) -> None:
         self._control = control
         self._log_dir = log_dir

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,6 @@ from sagellm_protocol.engine import EngineRequest, TokenDelta
 from sagellm_protocol.errors import InvalidArgumentError, UnsupportedError
 from sagellm_protocol.generation import ChoiceDelta, GenerationRequest
 from sagellm_protocol.ports import PreparedRequest
-from sagellm_protocol.sampling import SamplingParams
 
 __all__ = ["ForeignChatModel"]
 
@@ -64,17 +62,12 @@ class ForeignChatModel:
         """
         if not (request.messages or request.prompt or request.suffix):
             raise InvalidArgumentError("messages is empty: give at least one message", param="messages")
-        sampling = request.sampling
-        if sampling.seed is None:
-            sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(31))
         ids = _stand_in_ids(request)
-        return _Prepared(request, tuple(self._choice(request, sampling, ids, k) for k in range(request.n)))
+        return _Prepared(request, tuple([self._choice(request, ids, k) for k in range(request.n)]))
 
-    def _choice(
-        self, request: GenerationRequest, sampling: SamplingParams, ids: tuple[int, ...], k: int
-    ) -> EngineRequest:
-        if k:
-            assert sampling.seed is not None
+    def _choice(self, request: GenerationRequest, ids: tuple[int, ...], k: int) -> EngineRequest:
+        sampling = request.sampling
+        if k and sampling.seed is not None:
             sampling = msgspec.structs.replace(sampling, seed=sampling.seed + k)
         return EngineRequest(
             request_id=request.request_id if request.n == 1 else f"{request.request_id}/{k}",

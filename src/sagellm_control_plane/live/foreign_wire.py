@@ -46,16 +46,9 @@ _EXTRA_SAMPLING: dict[str, dict[str, str]] = {
     "ollama": {},
 }  # fmt: skip
 
-_DEFAULTS = SamplingParams()
-
-#: Names and values that mean nothing special.
-_BEYOND_OPENAI = tuple(
-    (name, getattr(_DEFAULTS, name))
-    for name in (
-        "top_k", "min_p", "typical_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "bad_words",
-        "allowed_token_ids",
-    )
-)  # fmt: skip
+_OPENAI_SAMPLING = frozenset(
+    ("temperature", "top_p", "max_tokens", "seed", "presence_penalty", "frequency_penalty", "stop")
+)
 
 
 def request_body(request: EngineRequest, model: str, flavour: Flavour) -> tuple[str, dict[str, Any]]:
@@ -67,8 +60,8 @@ def request_body(request: EngineRequest, model: str, flavour: Flavour) -> tuple[
     source = request.source
     if source is None:
         raise UnsupportedError("an engine over HTTP needs the request as text", param="prompt")
-    body: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
-    body |= _sampling(request.sampling, flavour)
+    body = _sampling(request.sampling, flavour)
+    body["model"], body["stream"], body["stream_options"] = model, True, {"include_usage": True}
     if request.adapter is not None:
         raise UnsupportedError("adapter is not supported by an engine over HTTP: name it as the model", param="adapter")
     if source.messages is None:
@@ -117,35 +110,22 @@ def _message(message: ChatMessage) -> dict[str, Any]:
 
 def _sampling(sampling: SamplingParams, flavour: Flavour) -> dict[str, Any]:
     body: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
-    for name in ("max_tokens", "seed"):
-        if getattr(sampling, name) is not None:
-            body[name] = getattr(sampling, name)
-    for name in ("presence_penalty", "frequency_penalty"):
-        if getattr(sampling, name):
-            body[name] = getattr(sampling, name)
-    if sampling.stop:
-        body["stop"] = list(sampling.stop)
-    if sampling.logit_bias:
-        body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
-    if sampling.logprobs is not None or sampling.prompt_logprobs is not None:
-        raise UnsupportedError(
-            "logprobs are not supported by an engine over HTTP: it gives no token ids", param="logprobs"
-        )
-    if sampling.grammar is not None:
-        body["response_format"] = _response_format(sampling)
-    return body | _beyond_openai(sampling, flavour)
-
-
-def _beyond_openai(sampling: SamplingParams, flavour: Flavour) -> dict[str, Any]:
-    body: dict[str, Any] = {}
     known = _EXTRA_SAMPLING[flavour]
-    for name, default in _BEYOND_OPENAI:
-        value = getattr(sampling, name)
-        if value == default:
-            continue
-        if name not in known:
+    for name, value in msgspec.to_builtins(sampling).items():  # what is not as it is by default
+        if name in _OPENAI_SAMPLING:
+            body[name] = value
+        elif name in known:
+            body[known[name]] = value
+        elif name == "logit_bias":
+            body[name] = {str(token): bias for token, bias in value.items()}
+        elif name == "grammar":
+            body["response_format"] = _response_format(sampling)
+        elif name in ("logprobs", "prompt_logprobs"):
+            raise UnsupportedError(
+                "logprobs are not supported by an engine over HTTP: it gives no token ids", param="logprobs"
+            )
+        else:
             raise UnsupportedError(f"{name} is not supported by an engine of kind {flavour!r}", param=name)
-        body[known[name]] = list(value) if isinstance(value, tuple) else value
     return body
 
 
@@ -194,6 +174,7 @@ class _Chunk(msgspec.Struct, gc=False):
 _CHUNKS = msgspec.json.Decoder(list[_Chunk])
 
 MAX_LINE_BYTES = 16 * 2**20
+_DONE = b"data: [DONE]\n\n"
 
 
 class StreamReader:
@@ -213,29 +194,46 @@ class StreamReader:
         Raises:
             SageError: the server reports an error in the stream, or something that is no event of this format.
         """
-        data = self._rest + data
+        if self._rest:
+            data, self._rest = self._rest + data, b""
+        finished = data.endswith(_DONE)
+        if not (data.startswith(b"data:") and data.endswith(b"\n\n")) or b"\r" in data:
+            return self._deltas(*self._by_line(data))
+        # Whole events and nothing else, as nearly always: with commas between them they are a JSON list.
+        events = data[5 : -len(_DONE)] if finished else data[5:]
+        try:
+            chunks = _CHUNKS.decode(b"[" + events.replace(b"\n\ndata:", b",") + b"]")
+        except msgspec.DecodeError:  # there is a comment among them, perhaps
+            chunks, finished = self._by_line(data)
+        return self._deltas(chunks, finished)
+
+    def _by_line(self, data: bytes) -> tuple[list[_Chunk], bool]:
+        """Decode what is complete, and keep the rest; also return whether the stream says that it has ended."""
         end = data.rfind(b"\n") + 1
         self._rest = data[end:]
         if len(self._rest) > MAX_LINE_BYTES:
             raise EngineDiedError(f"the engine sent a line of more than {MAX_LINE_BYTES} bytes")
         events = [line[5:] for line in data[:end].split(b"\n") if line.startswith(b"data:")]
         last = next((i for i, event in enumerate(events) if event.strip() == b"[DONE]"), None)
-        # One call decodes all events: they are JSON, so with commas between them they are a JSON list.
         try:
-            chunks = _CHUNKS.decode(b"[" + b",".join(events[:last]) + b"]")
+            return _CHUNKS.decode(b"[" + b",".join(events[:last]) + b"]"), last is not None
         except msgspec.DecodeError as error:
             raise EngineDiedError(f"the engine sent an event that is none of this format: {error}") from None
-        return self._deltas(chunks, finished=last is not None)
 
-    def _deltas(self, chunks: Iterable[_Chunk], *, finished: bool) -> list[TokenDelta]:
+    def _deltas(self, chunks: Iterable[_Chunk], finished: bool) -> list[TokenDelta]:
         out: list[TokenDelta] = []
         texts: list[str] = []
+        chat = self._chat
         for chunk in chunks:
-            choice = self._choice(chunk)
-            if choice is None:
+            if chunk.usage is not None or chunk.error:
+                self._note(chunk)
+            if not chunk.choices:
                 continue
+            choice = chunk.choices[0]
+            if choice.finish_reason:
+                self._finish = _FINISH.get(choice.finish_reason, "stop")
             delta = choice.delta or _NOTHING
-            text = delta.content if self._chat else choice.text
+            text = delta.content if chat else choice.text
             reasoning = delta.reasoning_content or delta.reasoning
             if reasoning or delta.tool_calls:
                 if texts:
@@ -251,18 +249,12 @@ class StreamReader:
             out.append(self._text(texts))
         return out
 
-    def _choice(self, chunk: _Chunk) -> _Choice | None:
-        """Take in what is not content, and return what may be."""
+    def _note(self, chunk: _Chunk) -> None:
+        """Take in what is not content."""
         if chunk.error:
             raise UnavailableError(f"the engine reports: {_message_of({'error': chunk.error})[:200]}")
         if chunk.usage is not None:
             self._usage = _usage_of(chunk.usage)
-        if not chunk.choices:
-            return None
-        choice = chunk.choices[0]
-        if choice.finish_reason:
-            self._finish = _FINISH.get(choice.finish_reason, "stop")
-        return choice
 
     def _text(self, texts: Sequence[str]) -> TokenDelta:
         return TokenDelta(request_id=self._request_id, text="".join(texts), text_tokens=len(texts))

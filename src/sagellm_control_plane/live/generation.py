@@ -40,6 +40,9 @@ class Generation:
         self._prepared = prepared
         self._decoders = [model.decoder(self._prepared, i) for i in range(len(self._prepared.engine_requests))]
         self._open: set[int] = set()
+        self._sent_at: float | None = None
+        self._started = False
+        self._failure: Error | None = None
 
     @property
     def engine_id(self) -> str:
@@ -65,13 +68,15 @@ class Generation:
 
     def usage(self) -> Usage:
         """Tokens so far."""
-        known = [s.prompt_tokens for s in self.sequences if s.prompt_tokens is not None]
-        prompt = known[0] if known else len(self._prepared.engine_requests[0].prompt_token_ids)
-        return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=sum(s.usage.completion_tokens if s.usage else s.emitted for s in self.sequences),
-            cached_tokens=max((s.cached_tokens for s in self.sequences), default=0),
-        )
+        prompt, completion, cached = None, 0, 0
+        for sequence in self.sequences:
+            if prompt is None:
+                prompt = sequence.prompt_tokens
+            completion += sequence.usage.completion_tokens if sequence.usage else sequence.emitted
+            cached = max(cached, sequence.cached_tokens)
+        if prompt is None:
+            prompt = len(self._prepared.engine_requests[0].prompt_token_ids)
+        return Usage(prompt_tokens=prompt, completion_tokens=completion, cached_tokens=cached)
 
     def cancel(self) -> None:
         """End the request from outside: its reader gets `CancelledRequestError`."""
@@ -91,36 +96,56 @@ class Generation:
         Raises:
             SageError: a choice failed; the others are aborted.
         """
-        started = False
         try:
-            for index, engine_request in enumerate(self._prepared.engine_requests):
-                self._open.add(index)
-                view = self._view(engine_request)
-                self.sequences.append(self._dispatcher.open(index, engine_request, view, self._mailbox))
-            sent_at = self.sequences[0].dispatched_at  # None: it waits for an engine
-            while self._open:
-                for index, item in await self._mailbox.take():
-                    if isinstance(item, Error):
-                        raise SageError.from_wire(item)
-                    if not started:
-                        started = True
-                        self._note_added(sent_at, self.sequences[index].first_at)
-                        yield self._start(index, item)
-                    if index not in self._open:
-                        continue  # what was still under way when a stop string matched
-                    if self.first_token_at is None and (
-                        item.token_ids or item.text or item.reasoning or item.tool_calls
-                    ):
-                        self.first_token_at = time.monotonic()
-                    gained = self._decoders[index].push(item)
-                    if (gained is not None and gained.finish_reason is not None) or item.finish_reason is not None:
-                        self._finish(index)
-                    if gained is not None:
-                        yield gained if gained.index == index else msgspec.structs.replace(gained, index=index)
-            self.ended_at = time.monotonic()
-            yield self._end()
+            self.open()
+            while events := await self.more():
+                for event in events:
+                    yield event
         finally:
             self.close()
+
+    def open(self) -> None:
+        """Send the choices on their way; for `more`, by who does not want `events`."""
+        for index, engine_request in enumerate(self._prepared.engine_requests):
+            self._open.add(index)
+            view = self._view(engine_request)
+            self.sequences.append(self._dispatcher.open(index, engine_request, view, self._mailbox))
+        self._sent_at = self.sequences[0].dispatched_at  # None: it waits for an engine
+
+    async def more(self) -> list[GenerationEvent]:
+        """Wait until something happens and return its events; nothing when all is over.
+
+        Raises:
+            SageError: a choice failed.
+        """
+        out: list[GenerationEvent] = []
+        while self._open and not out:
+            if self._failure is not None:
+                raise SageError.from_wire(self._failure)
+            for index, item in await self._mailbox.take():
+                if isinstance(item, Error):
+                    self._failure = item  # after what came before it
+                    break
+                if index in self._open:  # else it was still under way when a stop string matched
+                    self._take(index, item, out)
+            else:
+                if not self._open:
+                    self.ended_at = time.monotonic()
+                    out.append(self._end())
+        return out
+
+    def _take(self, index: int, item: TokenDelta, out: list[GenerationEvent]) -> None:
+        if not self._started:
+            self._started = True
+            self._note_added(self._sent_at, self.sequences[index].first_at)
+            out.append(self._start(index, item))
+        if self.first_token_at is None and (item.token_ids or item.text or item.reasoning or item.tool_calls):
+            self.first_token_at = time.monotonic()
+        gained = self._decoders[index].push(item)
+        if (gained is not None and gained.finish_reason is not None) or item.finish_reason is not None:
+            self._finish(index)
+        if gained is not None:
+            out.append(gained if gained.index == index else msgspec.structs.replace(gained, index=index))
 
     def _note_added(self, sent_at: float | None, arrived_at: float) -> None:
         """Count our own share of the time to the first token: from here to the engine, and from the engine's bytes to the reader."""

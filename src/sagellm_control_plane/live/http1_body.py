@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import repeat
 from typing import Protocol
 
 __all__ = ["BodyReader", "HttpBrokenError", "body_reader"]
@@ -87,11 +88,14 @@ class _Chunked:
         self._left = 0  # bytes of a chunk that are still to come, with its line end
 
     def take(self, data: bytes) -> bytes:
-        out: list[bytes] = []
-        at, length = 0, len(data)
         if self._rest:
             data, self._rest = self._rest + data, b""
-            length = len(data)
+        if not self._left and data.endswith(b"\r\n"):
+            whole = self._whole(data)
+            if whole is not None:
+                return whole
+        out: list[bytes] = []
+        at, length = 0, len(data)
         if self._left:
             at = min(self._left, length)
             # The line end is the last two bytes of what is left.
@@ -114,6 +118,20 @@ class _Chunked:
                 self._left = at - length
         return out[0] if len(out) == 1 else b"".join(out)
 
+    def _whole(self, data: bytes) -> bytes | None:
+        """Return the content of whole chunks without line ends in them, as servers of text send them; None if it is not that simple."""
+        pieces = data.split(b"\r\n")
+        complete = pieces[-3:] == _LAST
+        del pieces[-3 if complete else -1 :]
+        contents = pieces[1::2]
+        try:
+            if list(map(len, contents)) != list(map(int, pieces[::2], repeat(16))) or b"" in contents:
+                return None
+        except ValueError:
+            return None
+        self.complete = complete
+        return b"".join(contents)
+
     def _trailer(self, data: bytes, at: int) -> None:
         """After the last chunk: header lines (skipped), and an empty one. `at` is the end of the line with the 0."""
         end = data.find(b"\r\n\r\n", at)
@@ -127,6 +145,9 @@ class _Chunked:
         self._rest = data[at:]
         if len(self._rest) > MAX_TRAILER_BYTES:
             raise HttpBrokenError(f"a line of a chunked body is longer than {MAX_TRAILER_BYTES} bytes")
+
+
+_LAST = [b"0", b"", b""]
 
 
 def _size(text: bytes, base: int) -> int:

@@ -40,6 +40,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         engine_id, model_id, kind: who it is.
         config: of the engine.
+        metadata: what the registry is told about it: ``role``, ``zone`` or ``cost``.
         ready_timeout_s: seconds from the start to the first answer.
         restart: when it is started again.
         gpus: how many are reserved for it and shown to it.
@@ -50,6 +51,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     model_id: str
     config: Mapping[str, Any]
     kind: str = "llm"
+    metadata: Mapping[str, Any] = {}
     ready_timeout_s: float = 180.0
     restart: RestartPolicy = RestartPolicy()
     gpus: int = 0

@@ -24,10 +24,15 @@ class EngineBook:
 
     Engines by address stay until they are unregistered. Engines that we run stay until they are stopped, which the orderly end of the
     control plane does too: only a crash leaves them for the next one.
+
+    Args:
+        store: where it is written.
+        borrowed: the engines that we run are those of another process, which remembers them itself.
     """
 
-    def __init__(self, store: Store | None) -> None:
+    def __init__(self, store: Store | None, *, borrowed: bool = False) -> None:
         self._store = store
+        self._borrowed = borrowed
 
     @property
     def kept(self) -> bool:
@@ -36,7 +41,7 @@ class EngineBook:
 
     def note(self, info: EngineInfo, spec: EngineSpec | None = None) -> None:
         """Note an engine that should exist from now on."""
-        if self._store is None:
+        if self._store is None or (self._borrowed and spec is not None):
             return
         from sagellm_control_plane.live.store import EngineRecord
 
@@ -62,7 +67,8 @@ class EngineBook:
         """Return the engines that should exist and do not."""
         if self._store is None:
             return []
-        return [record for record in self._store.engines() if not present(record.engine_id)]
+        wanted = [record for record in self._store.engines() if not (self._borrowed and record.spec is not None)]
+        return [record for record in wanted if not present(record.engine_id)]
 
     async def bring_back(
         self,

@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Protocol, cast
+from typing import Protocol
 
 from sagellm_protocol.engine import EngineRequest, TokenDelta
 from sagellm_protocol.errors import InternalError, SageError
@@ -52,8 +52,10 @@ class PushingClient(Protocol):
 
 def start_run(client: EngineClient, request: EngineRequest, sink: DeltaSink) -> Run:
     """Run `request` on `client`; what comes of it goes to `sink`."""
-    if hasattr(client, "push"):
-        return cast("PushingClient", client).push(request, sink)
+    push = getattr(client, "push", None)
+    if push is not None:
+        run: Run = push(request, sink)
+        return run
     return StreamRun(client.stream(request), sink)
 
 

@@ -85,6 +85,7 @@ class Sequence:
     ) -> None:
         self.index = index
         self.request = request
+        self.request_id = request.request_id  # <id> or <id>/k
         self.journal: list[int] = list(request.emitted_token_ids)
         self.engine_id = ""
         self.ended = False
@@ -105,11 +106,6 @@ class Sequence:
         self._pieces = 0
         self._text: list[str] = []
         self.usage: Usage | None = None
-
-    @property
-    def request_id(self) -> str:
-        """Id of the sequence: ``<id>`` or ``<id>/k``."""
-        return self.request.request_id
 
     @property
     def emitted(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -11,7 +12,7 @@ from sagellm_control_plane.live.engines import Engines
 from sagellm_control_plane.live.generation import Generation
 from sagellm_control_plane.live.requests import RequestEntry, RequestTable
 from sagellm_control_plane.live.scaling import Scaling
-from sagellm_control_plane.live.text_work import characters, off_loop
+from sagellm_control_plane.live.text_work import LONG, characters, off_loop
 from sagellm_control_plane.live.v01 import V01Requests
 from sagellm_control_plane.types import RequestStatus
 from sagellm_control_plane.view import RequestView
@@ -51,15 +52,18 @@ class Serving:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Run a request: start, deltas, end."""
-        await self._ensure(request.model)
+        if self._scaling is not None:
+            await self._ensure(request.model)
         entry = await self._begin(request)
         generation = entry.generation
         assert generation is not None
         status = RequestStatus.CANCELLED
         try:
             entry.status = RequestStatus.RUNNING
-            async for event in generation.events():
-                yield event
+            generation.open()
+            while events := await generation.more():
+                for event in events:
+                    yield event
             status = RequestStatus.COMPLETED
         except CancelledRequestError:
             raise
@@ -74,7 +78,10 @@ class Serving:
         self._refuse_when_closed()
         request = self._adapters.applied(request)
         model = self._engines.chat_model(request.model)
-        prepared = await off_loop(characters(request), lambda: model.prepare(request))
+        if characters(request) > LONG:
+            prepared = await asyncio.to_thread(model.prepare, request)
+        else:
+            prepared = model.prepare(request)
         self._refuse_when_closed()
         entry = RequestEntry(Generation(self._dispatcher, model, prepared))
         self._requests.begin(request.request_id, entry)

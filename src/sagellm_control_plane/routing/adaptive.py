@@ -24,14 +24,14 @@ def choose(
     slo = view.slo
     total = request.prompt_tokens + request.emitted
     pace_limit = slo.tpot_s * 0.9
-    backlogs = [engine.backlog(now) for engine in candidates]
+    backlogs = [engine.backlog(now) if engine.prefill_tokens else 0.0 for engine in candidates]
     shortest = min(backlogs)
     if shortest > 0.0:
         shortest = min([b / e.latency.prefill_rate for b, e in zip(backlogs, candidates, strict=True)])
     weight = min(1.0 + shortest / slo.ttft_s, CEILING)
     best, best_cost, best_hit = candidates[0], float("inf"), 0
     for engine, backlog in zip(candidates, backlogs, strict=True):
-        hit = view.hit_tokens(engine, request)
+        hit = view.hit_tokens(engine, request) if request.blocks else 0
         uncached = total - hit
         latency = engine.latency
         cost = (

@@ -25,7 +25,6 @@ from sagellm_gateway.dialects.openai_common import (
     token_logprob_json,
     tools_of,
     usage_json,
-    wants_usage,
 )
 from sagellm_gateway.errors import openai_body
 from sagellm_protocol.errors import InvalidArgumentError, SageError, UnsupportedError
@@ -141,14 +140,14 @@ def request_of(
         raise InvalidArgumentError("messages is empty: send at least one message", param="messages")
     if body.modalities is not None and body.modalities != ["text"]:
         raise UnsupportedError('modalities must be ["text"]: audio output is not offered', param="modalities")
-    tools = tools_of(body.tools, limits)
-    metadata = dict(body.metadata or {})
+    tools = tools_of(body.tools, limits) if body.tools else ()
+    metadata = dict(body.metadata) if body.metadata else {}
     if body.user:
         metadata["user"] = body.user
     return GenerationRequest(
         request_id=request_id,
         model=check_model(body.model),
-        messages=tuple(_message(m, i) for i, m in enumerate(body.messages)),
+        messages=tuple([_message(m, i) for i, m in enumerate(body.messages)]),
         sampling=sampling_of(
             body,
             limits,
@@ -156,11 +155,13 @@ def request_of(
             max_tokens=_max_tokens(body),
             max_tokens_name="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
             logprobs=_logprobs(body),
-            grammar=_grammar(body.response_format, limits),
+            grammar=_grammar(body.response_format, limits) if body.response_format is not None else None,
         ),
         n=choices_of(body.n, limits),
         tools=tools,
-        tool_choice=_tool_choice(body.tool_choice, {t.name for t in tools}),
+        tool_choice=_tool_choice(body.tool_choice, {t.name for t in tools})
+        if body.tool_choice is not None or tools
+        else "none",
         parallel_tool_calls=body.parallel_tool_calls is not False,
         reasoning=None if body.reasoning_effort is None else body.reasoning_effort not in ("none", "minimal"),
         priority=priority_of(body.priority),
@@ -187,8 +188,20 @@ def choices_of(n: int | None, limits: Limits) -> int:
     return n
 
 
+_PLAIN_ROLES = ("system", "developer", "user")
+
+
 def _message(wire: MessageWire, i: int) -> ChatMessage:
-    content = text_of_content(wire.content, f"messages[{i}].content")
+    content = wire.content
+    if isinstance(content, str) and wire.role in _PLAIN_ROLES and not wire.tool_calls:
+        return ChatMessage(
+            role=wire.role,
+            content=content,
+            name=wire.name,
+            tool_call_id=wire.tool_call_id,
+            reasoning=wire.reasoning_content,
+        )
+    content = text_of_content(content, f"messages[{i}].content")
     if wire.role == "assistant":
         if content is None:
             content = wire.refusal
@@ -236,9 +249,7 @@ def _logprobs(body: ChatBody) -> int | None:
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
-def _grammar(wire: ResponseFormatWire | None, limits: Limits) -> Any:
-    if wire is None:
-        return None
+def _grammar(wire: ResponseFormatWire, limits: Limits) -> Any:
     schema = wire.json_schema.schema if wire.json_schema is not None else None
     return grammar_of(wire.type, schema, limits, "response_format")
 
@@ -263,6 +274,9 @@ def _tool_choice(choice: str | NamedTool | None, names: set[str]) -> str:
     return name
 
 
+_ROLE = '{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null'
+
+
 def _dumps(value: Any) -> str:
     return encode_json(value).decode()
 
@@ -281,28 +295,26 @@ class ChatFrames:
         self._tail = UsageTail(usage)
         self._prefix = (
             f'data: {{"id":{_dumps(head.id)},"object":"chat.completion.chunk","created":{head.created},'
-            f'"model":{_dumps(head.model)},'
+            f'"model":{_dumps(head.model)},"choices":[{{"index":'
         )
         self._n = n
-        self._text = [self._around(i) for i in range(n)]
+        self._text = [f'{self._prefix}{i},"delta":{{"content":'.encode() for i in range(n)]
         self._text_end = self._text_tail()
 
     def _text_tail(self) -> bytes:
         return b'},"logprobs":null,"finish_reason":null}]' + self._tail.text.encode()
 
-    def _around(self, index: int) -> bytes:
-        return f'{self._prefix}"choices":[{{"index":{index},"delta":{{"content":'.encode()
-
     def start(self, event: GenerationStart) -> bytes:
         """One chunk with the role for each choice."""
         self._tail.take(event)
-        return b"".join(self._chunk(i, {"role": "assistant", "content": "", "refusal": None}) for i in range(self._n))
+        return b"".join([self._around(i, _ROLE) for i in range(self._n)])
 
-    def _chunk(
-        self, index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None
-    ) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return f'{self._prefix}"choices":[{_dumps(choice)}]{self._tail.text}'.encode()
+    def _chunk(self, index: int, delta: dict[str, Any], logprobs: Any = None) -> bytes:
+        return self._around(index, f'{_dumps(delta)},"logprobs":{_dumps(logprobs)},"finish_reason":null')
+
+    def _around(self, index: int, rest: str) -> bytes:
+        """Return a chunk; `rest` is what follows ``"delta":``."""
+        return f'{self._prefix}{index},"delta":{rest}}}]{self._tail.text}'.encode()
 
     def delta(self, event: ChoiceDelta) -> bytes:
         """Text, reasoning, pieces of tool calls, and the finish reason, each in its own chunk."""
@@ -319,7 +331,7 @@ class ChatFrames:
         for piece in event.tool_calls:
             out.extend(self._chunk(event.index, {"tool_calls": [entry]}) for entry in tool_call_entries(piece))
         if event.finish_reason:
-            out.append(self._chunk(event.index, {}, None, event.finish_reason))
+            out.append(self._around(event.index, f'{{}},"logprobs":null,"finish_reason":"{event.finish_reason}"'))
         return b"".join(out)
 
     def end(self, event: GenerationEnd) -> bytes:
@@ -327,7 +339,8 @@ class ChatFrames:
         done = b"data: [DONE]\n\n"
         if not self._tail.at_end:
             return done
-        return f'{self._prefix}"choices":[],"usage":{_dumps(usage_json(event.usage))}}}\n\n'.encode() + done
+        head = self._prefix.removesuffix('{"index":')
+        return f'{head}],"usage":{_dumps(usage_json(event.usage))}}}\n\n'.encode() + done
 
     def error(self, error: SageError) -> bytes:
         """An error event; no terminator follows."""
@@ -436,8 +449,3 @@ class ChatResult:
                 for _, c in sorted(choice.calls.items())
             ]
         return message
-
-
-def stream_wants_usage(body: ChatBody) -> UsageWish:
-    """Return which chunks of the stream of `body` tell the usage."""
-    return wants_usage(body.stream, body.stream_options)

@@ -131,9 +131,7 @@ def sampling_of(
     Raises:
         InvalidArgumentError: out of range; `param` is the field as the client named it.
     """
-    given: dict[str, Any] = dict(defaults)
-    given.update((name, value) for name in _PLAIN if (value := getattr(fields, name)) is not None)
-    given.update((name, tuple(value)) for name in _TUPLES if (value := getattr(fields, name)) is not None)
+    given = {**defaults, **_given(fields)}
     if fields.stop:
         given["stop"] = _stop(fields.stop, limits)
     if fields.logit_bias:
@@ -155,6 +153,19 @@ def sampling_of(
     if grammar is not None:
         given["grammar"] = grammar
     return SamplingParams(**given)
+
+
+def _given(fields: SamplingFields) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for name in _PLAIN:
+        value = getattr(fields, name)
+        if value is not None:
+            given[name] = value
+    for name in _TUPLES:
+        value = getattr(fields, name)
+        if value is not None:
+            given[name] = tuple(value)
+    return given
 
 
 def _stop(stop: str | list[str], limits: Limits) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ What comes back is in `sagellm_gateway.dialects.responses_builder`.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from sagellm_gateway.dialects.openai_common import (
     grammar_of,
     text_of_content,
 )
+from sagellm_gateway.ids import new_id
 from sagellm_protocol.errors import InvalidArgumentError, UnsupportedError
 from sagellm_protocol.generation import (
     ChatMessage,
@@ -145,7 +145,7 @@ def input_items(body: ResponsesBody) -> list[dict[str, Any]]:
     for item in items:
         plain = {k: v for k, v in msgspec.to_builtins(item).items() if v is not None}
         kind = plain.setdefault("type", "message")
-        plain.setdefault("id", ITEM_PREFIX.get(kind, "item_") + secrets.token_hex(12))
+        plain.setdefault("id", new_id(ITEM_PREFIX.get(kind, "item_")))
         if kind == "message":
             plain.setdefault("status", "completed")
             if isinstance(plain.get("content"), str):

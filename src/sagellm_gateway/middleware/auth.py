@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sagellm_gateway.context import ANONYMOUS, Gateway, Message, Principal, Receive, Scope, Send
+from sagellm_gateway.context import ANONYMOUS, Gateway, Message, Receive, Scope, Send
 from sagellm_gateway.errors import HttpError
 from sagellm_gateway.middleware.edge import refuse
 from sagellm_gateway.routing import Router, shape_of
@@ -30,7 +30,8 @@ class Auth:
         if role != "open":
             try:
                 principal = await self.gateway.keyring.identify(scope)
-                _check_role(principal, role)
+                if principal.role not in ("admin", role):
+                    raise PermissionDeniedError(f"the key's role is {principal.role}: this route needs {role}")
                 if principal.key_id and scope["method"] == "POST":
                     headers = self.gateway.keyring.take(principal)
             except SageError as error:
@@ -43,11 +44,6 @@ class Auth:
         tokens = scope.get("sagellm.tokens")
         if tokens is not None and principal.key_id:
             self.gateway.keyring.used(principal, scope.get("sagellm.model", ""), *tokens)
-
-
-def _check_role(principal: Principal, role: str) -> None:
-    if principal.role not in ("admin", role):
-        raise PermissionDeniedError(f"the key's role is {principal.role}: this route needs {role}")
 
 
 def _with(headers: list[tuple[bytes, bytes]], send: Send) -> Send:

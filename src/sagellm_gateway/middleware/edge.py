@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-import secrets
 import time
 from collections.abc import Callable
 from typing import Any
 
 from sagellm_gateway.context import Gateway, Message, Receive, Scope, Send
 from sagellm_gateway.errors import HttpError, Shape, openai_body, render
+from sagellm_gateway.ids import new_id
 from sagellm_protocol.errors import SageError
 
 __all__ = ["Edge", "refuse"]
@@ -38,7 +38,7 @@ class Edge:
             return
         began = time.perf_counter()
         status = 0
-        sent_id = _identify(scope)
+        problem = _identify(scope, self.gateway)
         request_id = scope["sagellm.request_id"].encode()
         # OpenAI's clients read x-request-id, Anthropic's request-id.
         fixed = [(b"x-request-id", request_id), (b"request-id", request_id), (b"x-content-type-options", b"nosniff")]
@@ -51,7 +51,6 @@ class Edge:
             await send(message)
 
         try:
-            problem = _refuse(scope, sent_id, self.gateway)
             if problem is None:
                 await self.app(scope, receive, answer)
             else:
@@ -64,35 +63,28 @@ class Edge:
                 observe(scope, status, seconds)
 
 
-def _identify(scope: Scope) -> bytes | None:
-    """Set the ids in `scope`; return the client's ``X-Request-Id``."""
+def _identify(scope: Scope, gateway: Gateway) -> HttpError | None:
+    """Set the ids in `scope`; return why the request's head is refused, or None."""
     sent = trace = None
-    for name, value in scope["headers"]:
+    headers = scope["headers"]
+    size = len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") + 4 * len(headers)
+    for name, value in headers:
+        size += len(name) + len(value)
         if name == b"x-request-id":
             sent = value
         elif name == b"traceparent":
             trace = _TRACEPARENT.match(value)
     good = sent is not None and _ID.match(sent)
-    scope["sagellm.request_id"] = sent.decode() if sent is not None and good else "req_" + secrets.token_hex(12)
+    scope["sagellm.request_id"] = sent.decode() if sent is not None and good else new_id("req_")
     if trace is not None:
         scope["sagellm.trace_id"] = trace[1].decode()
-    return sent
-
-
-def _refuse(scope: Scope, sent_id: bytes | None, gateway: Gateway) -> HttpError | None:
     limits = gateway.config.limits
-    headers = scope["headers"]
-    if sent_id is not None and not _ID.match(sent_id):
+    if sent is not None and not good:
         return HttpError(
             400, "X-Request-Id must be 1 to 128 printable ASCII characters", code="invalid_header", param="x-request-id"
         )
     if len(headers) > limits.headers:
         return HttpError(431, f"{len(headers)} header lines, the most is {limits.headers}", code="headers_too_large")
-    size = (
-        sum(len(name) + len(value) + 4 for name, value in headers)
-        + len(scope.get("raw_path") or b"")
-        + len(scope.get("query_string") or b"")
-    )
     if size > limits.header_bytes:
         return HttpError(431, f"{size} bytes of headers, the most is {limits.header_bytes}", code="headers_too_large")
     return None

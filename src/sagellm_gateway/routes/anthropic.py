@@ -7,8 +7,9 @@ import asyncio
 from sagellm_gateway.context import Call
 from sagellm_gateway.dialects import anthropic
 from sagellm_gateway.dialects.openai_common import Head, ignored_fields
+from sagellm_gateway.ids import new_id
 from sagellm_gateway.jsonbody import convert
-from sagellm_gateway.routes.generation import extras, generate, new_id, now
+from sagellm_gateway.routes.generation import extras, generate, now
 from sagellm_gateway.streaming import guarded, stream
 
 __all__ = ["count_tokens", "messages"]

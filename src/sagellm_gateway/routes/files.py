@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from typing import Any, TypeVar
 
@@ -11,6 +10,7 @@ import msgspec
 from sagellm_gateway.batches import ENDPOINTS
 from sagellm_gateway.context import Call
 from sagellm_gateway.errors import HttpError
+from sagellm_gateway.ids import new_id
 from sagellm_gateway.jsonbody import convert
 from sagellm_gateway.multipart import parse
 from sagellm_gateway.store.files import StoredFile
@@ -129,7 +129,7 @@ async def create_batch(call: Call) -> None:
     now = int(time.time())
     stamps = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
     batch: dict[str, Any] = {
-        "id": "batch_" + secrets.token_hex(12),
+        "id": new_id("batch_"),
         "object": "batch",
         "endpoint": body.endpoint,
         "errors": None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
@@ -22,12 +21,7 @@ from sagellm_protocol.generation import (
     Usage,
 )
 
-__all__ = ["echoed", "extras", "generate", "merged", "new_id", "now"]
-
-
-def new_id(prefix: str) -> str:
-    """Return a fresh id, ``<prefix><24 hex digits>``."""
-    return prefix + secrets.token_hex(12)
+__all__ = ["echoed", "extras", "generate", "merged", "now"]
 
 
 def now() -> int:
@@ -42,7 +36,7 @@ def extras(call: Call, model: str | None = None) -> dict[str, Any]:
         out["defaults"] = call.defaults(model)
     if call.principal.key_id:
         out["tenant"] = call.principal.key_id
-    raw = call.header(b"x-request-timeout")
+    raw = call.headers.get(b"x-request-timeout")
     if raw is not None:
         out["deadline_s"] = _seconds(raw)
     return out
@@ -63,26 +57,42 @@ def generate(call: Call, request: GenerationRequest) -> AsyncGenerator[Any, None
     priority = call.scope.get("sagellm.priority")
     if priority is not None:
         request = msgspec.structs.replace(request, priority=priority)
-    return _metered(call, call.gateway.manager.generate(request))
+    return _Metered(call, call.gateway.manager.generate(request))
 
 
-async def _metered(call: Call, events: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    prompt = completion = 0
-    try:
-        async for event in events:
-            kind = type(event)
-            if kind is ChoiceDelta:
-                completion += len(event.token_ids)
-            elif kind is GenerationStart:
-                prompt = event.prompt_tokens
-            else:
-                prompt, completion = event.usage.prompt_tokens, event.usage.completion_tokens
-                if event.ttft_s is not None and event.duration_s is not None:
-                    call.scope["sagellm.times"] = (event.ttft_s, event.duration_s)
-            yield event
-    finally:
-        await events.aclose()
-        call.used(prompt, completion)
+class _Metered(AsyncGenerator[Any, None]):
+    """Passes events on and counts their tokens. No generator: each of those is one more thing that the event loop keeps a list of."""
+
+    def __init__(self, call: Call, events: AsyncGenerator[Any, None]) -> None:
+        self._call = call
+        self._events = events
+        self._prompt = self._completion = 0
+
+    async def asend(self, value: None) -> Any:
+        """Return the next event."""
+        event = await self._events.asend(value)
+        kind = type(event)
+        if kind is ChoiceDelta:
+            self._completion += len(event.token_ids)
+        elif kind is GenerationStart:
+            self._prompt = event.prompt_tokens
+        else:
+            self._prompt, self._completion = event.usage.prompt_tokens, event.usage.completion_tokens
+            if event.ttft_s is not None and event.duration_s is not None:
+                self._call.scope["sagellm.times"] = (event.ttft_s, event.duration_s)
+        return event
+
+    async def athrow(self, *error: Any) -> Any:
+        """Raise an error where the request waits."""
+        return await self._events.athrow(*error)
+
+    async def aclose(self) -> None:
+        """End the request, if it runs, and note its tokens."""
+        try:
+            await self._events.aclose()
+        finally:
+            self._call.used(self._prompt, self._completion)
+            self._prompt = self._completion = 0
 
 
 Run = Callable[[GenerationRequest], AsyncGenerator[Any, None]]

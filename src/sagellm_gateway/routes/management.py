@@ -84,10 +84,10 @@ class RegisterBody(msgspec.Struct, kw_only=True):
 async def register(call: Call) -> None:
     """POST engines/register."""
     body = convert(await call.json_object(), RegisterBody)
-    info = call.gateway.manager.register_engine(
-        body.engine_id, check_model(body.model_id), body.host, body.port, body.engine_kind, body.metadata
-    )
-    await call.json(msgspec.to_builtins(info), status=201)
+    check_model(body.model_id)
+    told = [body.engine_id, body.model_id, body.host, body.port, body.engine_kind, body.metadata]
+    info, *_ = await call.gateway.everywhere("register", told, lasting=f"engine {body.engine_id}")
+    await call.json(info, status=201)
 
 
 class StartBody(msgspec.Struct, kw_only=True):
@@ -114,17 +114,18 @@ async def drain_engine(call: Call) -> None:
 
 async def heartbeat(call: Call) -> None:
     """POST engines/{id}/heartbeat: the engine lives; renews the lease of one that was registered with ``lease_s``."""
-    await call.json(msgspec.to_builtins(call.gateway.manager.record_engine_heartbeat(_engine_id(call))))
+    info, *_ = await call.gateway.everywhere("heartbeat", _engine_id(call))
+    await call.json(info)
 
 
 async def stop_engine(call: Call) -> None:
     """DELETE engines/{id}: drain, stop and forget; requests that run go on elsewhere."""
     manager, engine_id = call.gateway.manager, _engine_id(call)
     if manager.get_engine_info(engine_id).managed:
-        info = await manager.request_engine_shutdown(engine_id)
+        info = msgspec.to_builtins(await manager.request_engine_shutdown(engine_id))
     else:
-        info = manager.unregister_engine(engine_id)
-    await call.json(msgspec.to_builtins(info))
+        info, *_ = await call.gateway.everywhere("unregister", engine_id, lasting=f"engine {engine_id}")
+    await call.json(info)
 
 
 async def prune(call: Call) -> None:

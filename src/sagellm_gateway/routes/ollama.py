@@ -11,9 +11,10 @@ from sagellm_gateway.context import Call
 from sagellm_gateway.dialects import ollama
 from sagellm_gateway.dialects.openai_common import check_model, encode_json
 from sagellm_gateway.errors import ollama_body
+from sagellm_gateway.ids import new_id
 from sagellm_gateway.jsonbody import convert
 from sagellm_gateway.library import LibraryModel
-from sagellm_gateway.routes.generation import extras, generate, new_id
+from sagellm_gateway.routes.generation import extras, generate
 from sagellm_gateway.routes.models import model_entries
 from sagellm_gateway.streaming import guarded, stream
 from sagellm_gateway.version import version as isagellm_version

@@ -12,9 +12,10 @@ from sagellm_gateway.context import Call
 from sagellm_gateway.dialects import openai_chat, openai_completions
 from sagellm_gateway.dialects.openai_common import Head, ignored_fields, wants_usage
 from sagellm_gateway.errors import HttpError
+from sagellm_gateway.ids import new_id
 from sagellm_gateway.jsonbody import convert
 from sagellm_gateway.resume import ResumableFrames, remaining, resume_of
-from sagellm_gateway.routes.generation import echoed, extras, generate, merged, new_id, now
+from sagellm_gateway.routes.generation import echoed, extras, generate, merged, now
 from sagellm_gateway.streaming import Frames, guarded, stream
 from sagellm_protocol.errors import UnsupportedError
 from sagellm_protocol.generation import GenerationEnd
@@ -27,7 +28,7 @@ async def chat_completions(call: Call) -> None:
     raw = await call.json_object()
     body = convert(raw, openai_chat.ChatBody)
     call.ignore(ignored_fields(raw, openai_chat.KNOWN))
-    wants = openai_chat.stream_wants_usage(body)
+    wants = wants_usage(body.stream, body.stream_options)
     resume = resume_of(call, "chatcmpl-") if body.stream else None
     head = Head((resume.answer_id if resume else "") or new_id("chatcmpl-"), now(), body.model)
     asked = list(body.messages)

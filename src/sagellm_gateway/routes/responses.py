@@ -13,8 +13,9 @@ from sagellm_gateway.dialects import openai_responses as dialect
 from sagellm_gateway.dialects.openai_common import ignored_fields
 from sagellm_gateway.dialects.responses_builder import ResponseBuilder, event_bytes, response_of_item
 from sagellm_gateway.errors import HttpError
+from sagellm_gateway.ids import new_id
 from sagellm_gateway.jsonbody import convert
-from sagellm_gateway.routes.generation import extras, generate, new_id, now
+from sagellm_gateway.routes.generation import extras, generate, now
 from sagellm_gateway.store.responses import StoredResponse
 from sagellm_gateway.streaming import guarded, stream
 from sagellm_protocol.errors import (

@@ -10,8 +10,8 @@ import msgspec
 from sagellm_gateway.context import Call
 from sagellm_gateway.dialects import openai_chat
 from sagellm_gateway.dialects.openai_common import check_model
+from sagellm_gateway.ids import new_id
 from sagellm_gateway.jsonbody import convert
-from sagellm_gateway.routes.generation import new_id
 from sagellm_gateway.routes.models import model_entries
 from sagellm_protocol.errors import InvalidArgumentError, ModelNotFoundError
 

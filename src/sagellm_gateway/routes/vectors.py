@@ -10,8 +10,9 @@ from sagellm_gateway.context import Call
 from sagellm_gateway.dialects import vectors
 from sagellm_gateway.dialects.openai_common import ignored_fields
 from sagellm_gateway.guard import Guard
+from sagellm_gateway.ids import new_id
 from sagellm_gateway.jsonbody import convert
-from sagellm_gateway.routes.generation import extras, new_id, now
+from sagellm_gateway.routes.generation import extras, now
 from sagellm_protocol.embedding import EmbeddingRequest, EmbedResult, ScoreRequest, relevance
 
 __all__ = ["embeddings", "ollama_embed", "ollama_embeddings", "rerank", "score"]

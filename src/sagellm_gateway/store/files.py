@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 import sqlite3
 import time
 from typing import Any
 
 import msgspec
 
+from sagellm_gateway.ids import new_id
 from sagellm_gateway.store.database import Database
 from sagellm_protocol.errors import ResourceExhaustedError
 
@@ -57,7 +57,7 @@ class FileStore:
             ResourceExhaustedError: the owner's files would take more than they may.
         """
         made = StoredFile(
-            id="file-" + secrets.token_hex(12),
+            id=new_id("file-"),
             filename=filename,
             purpose=purpose,
             bytes=len(content),

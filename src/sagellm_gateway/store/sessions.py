@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 import sqlite3
 import time
 from typing import Any
 
 import msgspec
 
+from sagellm_gateway.ids import new_id
 from sagellm_gateway.store.database import Database
 
 __all__ = ["Session", "SessionStore"]
@@ -44,7 +44,7 @@ class SessionStore:
     async def create(self, owner: str, title: str) -> Session:
         """Make an empty session."""
         now = time.time()
-        session_id = "sess_" + secrets.token_hex(12)
+        session_id = new_id("sess_")
 
         def work(db: sqlite3.Connection) -> Session:
             db.execute("DELETE FROM sessions WHERE used < ?", (now - self._ttl,))

@@ -5,7 +5,6 @@ import contextlib
 import os
 import signal
 
-import msgspec
 import pytest
 
 from sagellm.compose import StoreCatalog, engine_argv, engine_config
@@ -13,6 +12,7 @@ from sagellm_control_plane.live.process_driver import ProcessDriver, ProcessOpti
 from sagellm_control_plane.manager import ControlPlaneManager
 from sagellm_control_plane.types import PDSeparationConfig
 from sagellm_protocol import GenerationRequest, SamplingParams
+from sagellm_protocol.errors import InvalidArgumentError
 
 PD = PDSeparationConfig(min_prompt_tokens=64, kv_bytes_per_token=4, transfer_bytes_per_s=1e9)
 ROLES = {"a": "prefill", "b": "decode"}
@@ -26,10 +26,9 @@ async def control_plane(tmp_path, **options):
     catalog = StoreCatalog([engine_config("mock", {"mock": {"scale": 0.3}})])
     manager = ControlPlaneManager(driver=driver, catalog=catalog, seed=1, **options)
     await manager.start()
-    await asyncio.gather(*(manager.request_engine_startup("mock", engine_id) for engine_id in ROLES))
-    for engine_id, role in ROLES.items():
-        engine = manager._dispatcher.state.view.engines[engine_id]
-        engine.profile = msgspec.structs.replace(engine.profile, role=role)
+    starts = (manager.request_engine_startup("mock", name, {"role": role}) for name, role in ROLES.items())
+    infos = await asyncio.gather(*starts)
+    assert {info.engine_id: info.metadata["role"] for info in infos} == ROLES
     yield manager
     await manager.stop()
 
@@ -71,6 +70,27 @@ async def test_split_requests_say_the_same(tmp_path, expected):
         assert dispatcher.split_stats.fallbacks == 0
         await asyncio.gather(*jobs)
         assert dispatcher.state.ledger.open == 0
+
+
+async def test_a_role_survives_the_process(tmp_path):
+    """An engine that was started for prefill is one for prefill after its process was killed and started again."""
+    async with control_plane(tmp_path, enable_pd_separation=True, pd_config=PD) as manager:
+        pid = manager.get_engine_info("a").pid
+        os.kill(pid, signal.SIGKILL)
+        while manager.get_engine_info("a").pid in (0, pid) or not manager.get_engine_info("a").is_healthy:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        assert manager.get_engine_info("a").metadata["role"] == "prefill"
+        assert manager._dispatcher.state.view.engines["a"].profile.role == "prefill"
+
+
+async def test_an_unknown_role_is_refused(tmp_path):
+    """A role that no engine can have is an error that names those that there are, and nothing is started."""
+    async with control_plane(tmp_path) as manager:
+        with pytest.raises(InvalidArgumentError, match="any, prefill, decode"):
+            await manager.request_engine_startup("mock", "c", {"role": "both"})
+        with pytest.raises(InvalidArgumentError, match="any, prefill, decode"):
+            manager.register_engine("d", "mock", "127.0.0.1", 9, metadata={"role": "encode"})
+        assert [info.engine_id for info in manager.list_engines()] == ["a", "b"]
 
 
 async def test_death_of_the_prefill_engine_is_not_seen(tmp_path, expected):
