@@ -297,10 +297,14 @@ def _models() -> tuple[State, str, str]:
 
 @_check("interrupted pulls")
 def _staging() -> tuple[State, str, str]:
-    left = [f"{p.parent.name}:{p.name}" for p in (store.home() / "staging").glob("*/*")]
-    if left:
-        return "warn", f"unfinished: {', '.join(left)}", f"sage-llm pull {left[0]} goes on where it stopped"
-    return "ok", "none", ""
+    from sagellm.store.pull import unfinished
+
+    left = unfinished()
+    if not left:
+        return "ok", "none", ""
+    name, asked = next(iter(left.items()))
+    named = "" if asked == name else f" --name {name}"
+    return "warn", f"unfinished: {', '.join(left)}", f"sage-llm pull {asked}{named} goes on where it stopped"
 
 
 @_check("pip")

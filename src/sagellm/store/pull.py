@@ -26,13 +26,14 @@ from sagellm.store.remote import is_remote
 from sagellm.store.wheels import fetch_wheels
 from sagellm_protocol.errors import InvalidArgumentError, ModelFileError, ModelNotFoundError, ResourceExhaustedError
 
-__all__ = ["Fetched", "Progress", "pull"]
+__all__ = ["Fetched", "Progress", "pull", "unfinished"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, bytes done and bytes in all (0 where not known)."""
 
 _CHUNK = 1 << 20
 DEFAULTS = "generation_config.json"
+_ASKED = "asked"
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,31 @@ def pull(
             _check_same(found, model, sha256)
             if not _lacks_defaults(found):
                 return found
-        fetched = _expecting(_fetch(model, target, report), sha256)
-        fetched.facts["pulled_as"] = model
-        stored = _commit(target, fetched, report)
-        shutil.rmtree(target.staging, ignore_errors=True)
-        return stored
+        target.staging.mkdir(parents=True, exist_ok=True)
+        (target.staging / _ASKED).write_text(model, encoding="utf-8")
+        try:
+            fetched = _expecting(_fetch(model, target, report), sha256)
+            fetched.facts["pulled_as"] = model
+            return _commit(target, fetched, report)
+        finally:
+            if not _parts(target.staging) or find(str(target)) is not None:
+                shutil.rmtree(target.staging, ignore_errors=True)
+
+
+def unfinished() -> dict[str, str]:
+    """Return the pulls that were interrupted and can go on: name in the store -> what was asked for."""
+    folders = [folder for folder in (home() / "staging").glob("*/*") if _parts(folder)]
+    return {f"{folder.parent.name}:{folder.name}": _asked(folder) for folder in folders}
+
+
+def _asked(folder: Path) -> str:
+    note = folder / _ASKED
+    return note.read_text(encoding="utf-8") if note.is_file() else f"{folder.parent.name}:{folder.name}"
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Return the files in `folder` that are worth going on from: not the notes about them."""
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != _ASKED and path.suffix != ".origin"]
 
 
 def _check_same(found: StoredModel, model: str, sha256: str | None) -> None:

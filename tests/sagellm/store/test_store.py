@@ -20,11 +20,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm import store
+from sagellm import doctor, store
 from sagellm.store import catalog, remote
 from sagellm.store import pull as pull_module
 from sagellm.store.layout import ModelName, collect_garbage
-from sagellm.store.pull import pull
+from sagellm.store.pull import pull, unfinished
 from sagellm_protocol.errors import (
     InvalidArgumentError,
     ModelFileError,
@@ -380,6 +380,24 @@ def test_a_url_with_another_content_is_refused() -> None:
         assert store.installed() == []
         with pytest.raises(ModelNotFoundError, match="404"):
             pull(server.url.replace("tiny", "other"))
+
+
+def test_doctor_says_how_an_interrupted_pull_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was fetched is kept with what was asked for, and the cure as printed goes on from there; a pull that brought nothing leaves nothing."""
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    with RangeServer(b"GGUF" + bytes(600_000), break_after=100_000, breaks=4) as server:
+        with pytest.raises(ModelNotFoundError):
+            pull(server.url.replace("tiny", "other"), name="mine")
+        assert unfinished() == {}
+        assert not ModelName.parse("mine").staging.exists()
+        with pytest.raises(UnavailableError):
+            pull(server.url, name="mine")
+        state, _, cure = doctor.CHECKS["interrupted pulls"]()
+        assert state == "warn"
+        assert cure == f"sage-llm pull {server.url} --name mine:latest goes on where it stopped"
+        assert pull(server.url, name="mine:latest").path.read_bytes() == server.content
+        assert server.asked[-1] == "bytes=400000-"
+        assert doctor.CHECKS["interrupted pulls"]()[0] == "ok"
 
 
 def test_a_name_is_not_taken_for_another_source() -> None:
