@@ -192,14 +192,15 @@ class Engine:
         """Drop an embedding request; its `done` is not called. False if unknown."""
         return self._pooler.abort(request_id)
 
-    def abort(self, request_id: str) -> bool:
-        """Let go of a sequence and its blocks, wherever it stands; its last delta says ``cancelled``. False if unknown."""
+    def abort(self, request_id: str, *, silently: bool = False) -> bool:
+        """Let go of a sequence and its blocks, wherever it stands; its last delta says ``cancelled``, or none comes. False if unknown."""
         seq = self._sequences.get(request_id)
         if seq is None:
             return False
         self._remove(seq)
         self.metrics.aborted += 1
-        self._outbox.append(TokenDelta(request_id=request_id, finish_reason="cancelled"))
+        if not silently:
+            self._outbox.append(TokenDelta(request_id=request_id, finish_reason="cancelled"))
         return True
 
     def step(self) -> list[TokenDelta]:

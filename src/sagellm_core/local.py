@@ -1,7 +1,7 @@
 """An engine in this process: the step loop on its own thread, callers on any number of event loops.
 
-Commands go in through one inbox; deltas go out with one wake-up of each event loop a step, however many streams it has. A
-consumer that is slow gets its deltas joined, so what is kept for it is bounded by its tokens.
+Commands go in through one inbox; deltas go out with one wake-up of each event loop a step, however many streams it has, or in one
+call of an `Outlet`, which needs none. A consumer that is slow gets its deltas joined, so what is kept for it is bounded by its tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from sagellm_core.engine import Engine
 from sagellm_core.handover import Handover
@@ -24,7 +25,7 @@ from sagellm_protocol.errors import EngineDiedError, ErrorCode, SageError, Unava
 from sagellm_protocol.handover import KVExportRequest, KVImported, KVTicket
 from sagellm_protocol.prefix import BlockEvent, BlockSnapshot
 
-__all__ = ["LocalEngine"]
+__all__ = ["LocalEngine", "Outlet"]
 
 _T = TypeVar("_T")
 
@@ -34,12 +35,38 @@ _IDLE_POLL_S = 0.002
 """How long to wait for a grammar that is being compiled while nothing else runs."""
 
 
-class _Stream:
-    """The consumer's end of one sequence; touched on its event loop only, except `loop` and `request`."""
+class Outlet(Protocol):
+    """Takes the tokens of sequences on the engine's thread, before the next step begins: it must be quick and never block.
 
-    def __init__(self, request: EngineRequest, loop: asyncio.AbstractEventLoop) -> None:
-        self.request = request
-        self.loop = loop
+    `key` is what a sequence was submitted with.
+    """
+
+    def gained(self, deltas: list[tuple[Any, TokenDelta]]) -> bool:
+        """What sequences gained in one step, each with its key; False if nobody is left to read, which aborts them."""
+        ...
+
+    def ended(self, key: Any, error: SageError) -> None:
+        """The engine ended under a sequence. Also called on the thread that submits."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _LoopOutlet:
+    """The readers of one event loop: it is woken once for all that a step gave them."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def gained(self, deltas: list[tuple[_Stream, TokenDelta]]) -> bool:
+        return _on_loop(self.loop, _push_all, deltas)
+
+    def ended(self, key: _Stream, error: SageError) -> None:
+        _on_loop(self.loop, key.fail, error)
+
+
+class _Stream:
+    """The consumer's end of one sequence; touched on its event loop only."""
+
+    def __init__(self) -> None:
         self._deltas: list[TokenDelta] = []
         self._error: SageError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -56,7 +83,7 @@ class _Stream:
         while not self._deltas:
             if self._error is not None:
                 raise self._error
-            self._waiter = self.loop.create_future()
+            self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         delta = join_deltas(self._deltas)
         self._deltas.clear()
@@ -65,6 +92,15 @@ class _Stream:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """A sequence and where its deltas go."""
+
+    request: EngineRequest
+    outlet: Outlet
+    key: Any
 
 
 @dataclass(slots=True)
@@ -88,7 +124,7 @@ class LocalEngine:
         self._wake = threading.Condition()
         self._closing = False
         self._ended: SageError | None = None
-        self._streams: dict[str, _Stream] = {}
+        self._sequences: dict[str, _Sequence] = {}
         self._handover = Handover(engine, self._call)
         self._thread = threading.Thread(target=self._main, name=f"engine-{self._description.engine_id}", daemon=True)
         _close_at_exit(self)
@@ -132,8 +168,8 @@ class LocalEngine:
             EngineDiedError: the engine ended.
             UnavailableError: it was closed.
         """
-        stream = _Stream(request, asyncio.get_running_loop())
-        self._post(_Command(lambda: self._start(stream), lambda error: _on_loop(stream.loop, stream.fail, error)))
+        stream = _Stream()
+        leave = self.submit(request, _LoopOutlet(asyncio.get_running_loop()), stream)
         finished = False
         try:
             while not finished:
@@ -142,7 +178,16 @@ class LocalEngine:
                 yield delta
         finally:
             if not finished and self._ended is None:
-                self._post(_Command(lambda: self._leave(stream), _ignore))
+                leave()
+
+    def submit(self, request: EngineRequest, outlet: Outlet, key: Any) -> Callable[[], None]:
+        """Run one sequence, whose deltas go to `outlet`; return what aborts it and frees its blocks within a step. From any thread.
+
+        What was under way when it was aborted may still come.
+        """
+        sequence = _Sequence(request, outlet, key)
+        self._post(_Command(lambda: self._start(sequence), partial(outlet.ended, key)))
+        return lambda: self._post(_Command(lambda: self._leave(sequence), _ignore))
 
     async def abort(self, request_id: str) -> bool:
         """Abort a sequence by id; its stream ends with ``cancelled``. False if the engine does not hold it."""
@@ -308,36 +353,42 @@ class LocalEngine:
             command.run()
         return not self._closing
 
-    def _start(self, stream: _Stream) -> None:
-        request_id = stream.request.request_id
+    def _start(self, sequence: _Sequence) -> None:
+        request_id = sequence.request.request_id
         try:
-            self._engine.add(stream.request)
+            self._engine.add(sequence.request)
         except SageError as error:
             delta = TokenDelta(request_id=request_id, finish_reason="error", error=error.to_wire())
-            _on_loop(stream.loop, stream.push, delta)
+            sequence.outlet.gained([(sequence.key, delta)])
         else:
-            self._streams[request_id] = stream
+            self._sequences[request_id] = sequence
 
-    def _leave(self, stream: _Stream) -> None:
-        request_id = stream.request.request_id
-        if self._streams.get(request_id) is stream:
-            del self._streams[request_id]
-            self._engine.abort(request_id)
+    def _leave(self, sequence: _Sequence) -> None:
+        request_id = sequence.request.request_id
+        if self._sequences.get(request_id) is sequence:
+            del self._sequences[request_id]
+            self._engine.abort(request_id, silently=True)  # the id may come again before the next step
 
     def _deliver(self, deltas: list[TokenDelta]) -> None:
-        """Hand deltas to their streams: one wake-up for each event loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, TokenDelta]]] = {}
+        """Hand deltas out: each outlet gets all that is its own in one call."""
+        by_outlet: dict[Outlet, list[tuple[Any, TokenDelta]]] = {}
         for delta in deltas:
-            stream = self._streams.get(delta.request_id)
-            if stream is None:
+            sequence = self._sequences.get(delta.request_id)
+            if sequence is None:
                 continue
-            if delta.finish_reason is not None:
-                del self._streams[delta.request_id]
-            by_loop.setdefault(stream.loop, []).append((stream, delta))
-        for loop, batch in by_loop.items():
-            if not _on_loop(loop, _push_all, batch):
-                for stream, _ in batch:  # nobody is left to read
-                    self._leave(stream)
+            if delta.error is not None and delta.error.code is ErrorCode.ENGINE_DIED:
+                # The sequence may go on elsewhere: not its own failure.
+                del self._sequences[delta.request_id]
+                sequence.outlet.ended(sequence.key, SageError.from_wire(delta.error))
+            else:
+                by_outlet.setdefault(sequence.outlet, []).append((sequence.key, delta))
+        for outlet, batch in by_outlet.items():
+            read = outlet.gained(batch)
+            for _, delta in batch:
+                if not read:
+                    self._leave(self._sequences[delta.request_id])
+                elif delta.finish_reason is not None:
+                    del self._sequences[delta.request_id]
 
     def _finish(self) -> None:
         """Tell everybody who waits that the engine has ended, then give the device back."""
@@ -354,9 +405,9 @@ class LocalEngine:
             self._inbox.clear()
         for command in commands:
             command.refuse(error)
-        for stream in self._streams.values():
-            _on_loop(stream.loop, stream.fail, error)
-        self._streams.clear()
+        for sequence in self._sequences.values():
+            sequence.outlet.ended(sequence.key, error)
+        self._sequences.clear()
         self._engine.close()
 
 
@@ -378,10 +429,7 @@ def _close_all() -> None:
 
 def _push_all(batch: list[tuple[_Stream, TokenDelta]]) -> None:
     for stream, delta in batch:
-        if delta.error is not None and delta.error.code is ErrorCode.ENGINE_DIED:
-            stream.fail(SageError.from_wire(delta.error))  # the sequence may go on elsewhere: not its own failure
-        else:
-            stream.push(delta)
+        stream.push(delta)
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> bool:

@@ -25,15 +25,18 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sagellm_core.connection import Connection
 from sagellm_core.listener import listen_tcp, listen_unix, send_report
 from sagellm_core.watchdog import Watchdog
 from sagellm_protocol import wire
-from sagellm_protocol.engine import EngineDescription
+from sagellm_protocol.engine import EngineDescription, EngineRequest
 from sagellm_protocol.errors import InvalidArgumentError, SageError, UnauthenticatedError, UnsupportedError
 from sagellm_protocol.ports import EngineClient
+
+if TYPE_CHECKING:
+    from sagellm_core.local import Outlet
 
 __all__ = ["EXIT_ENGINE_DIED", "EXIT_OK", "EXIT_START_FAILED", "TOKEN_VARIABLE", "EngineServer", "main", "run"]
 
@@ -75,6 +78,7 @@ class EngineServer:
         self.engine = engine
         self.description = description
         self.token = token
+        self.submit: Callable[[EngineRequest, Outlet, int], Callable[[], None]] | None = getattr(engine, "submit", None)
         self.connections: set[Connection] = set()
         self.draining = False
         self.loop = asyncio.get_running_loop()

@@ -331,7 +331,7 @@ async def test_silent_peer(tmp_path, monkeypatch):
 
 async def test_client_that_does_not_read(tmp_path, monkeypatch):
     """A client that lets its tokens pile up is cut off and its sequences are aborted."""
-    monkeypatch.setattr("sagellm_core.connection._MAX_OUTBOUND_DELTAS", 100)
+    monkeypatch.setattr("sagellm_core.connection.MAX_OUTBOUND_BYTES", 1000)
     async with serving(tmp_path) as served:
         peer = await served.peer()
         peer.writer.transport.pause_reading()

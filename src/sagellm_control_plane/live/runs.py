@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Protocol
 
+from sagellm_protocol.deltas import join_deltas
 from sagellm_protocol.engine import EngineRequest, TokenDelta
-from sagellm_protocol.errors import InternalError, SageError
+from sagellm_protocol.errors import InternalError, ResourceExhaustedError, SageError
 from sagellm_protocol.ports import EngineClient
 
 __all__ = ["DeltaSink", "PushingClient", "Run", "StreamRun", "pulled", "start_run"]
@@ -94,15 +94,21 @@ class StreamRun:
 
 
 async def pulled(
-    start: Callable[[EngineRequest, DeltaSink], Run], request: EngineRequest
+    start: Callable[[EngineRequest, DeltaSink], Run], request: EngineRequest, *, limit: int | None = None
 ) -> AsyncGenerator[TokenDelta, None]:
-    """Yield what a pushing client pushes; closing the generator cancels the run.
+    """Yield what a pushing client pushes; what waits for the reader comes joined. Closing the generator cancels the run.
+
+    Args:
+        start: of the client.
+        request: to run.
+        limit: tokens that may wait; above that the run is cancelled.
 
     Raises:
         SageError: the stream ended with it.
+        ResourceExhaustedError: the reader lags beyond `limit`.
     """
-    inbox = _Inbox()
-    run = start(request, inbox)
+    inbox = _Inbox(request.request_id, limit)
+    run = inbox.run = start(request, inbox)
     try:
         while True:
             delta = await inbox.next()
@@ -118,14 +124,24 @@ async def pulled(
 class _Inbox:
     """A sink that is read."""
 
-    def __init__(self) -> None:
-        self._deltas: deque[TokenDelta] = deque()
+    def __init__(self, request_id: str, limit: int | None) -> None:
+        self.run: Run | None = None
+        self._request_id = request_id
+        self._limit = limit
+        self._deltas: list[TokenDelta] = []
+        self._tokens = 0
         self._ended = False
         self._error: SageError | None = None
         self._filled = asyncio.Event()
 
     def delta(self, delta: TokenDelta) -> None:
         self._deltas.append(delta)
+        self._tokens += len(delta.token_ids)
+        if self._limit is not None and self._tokens > self._limit and self.run is not None:
+            self.run.cancel()
+            self._error = ResourceExhaustedError(
+                f"request {self._request_id!r} is not read and its buffer is full: aborted; read faster"
+            )
         self._filled.set()
 
     def ended(self, error: SageError | None) -> None:
@@ -133,7 +149,7 @@ class _Inbox:
         self._filled.set()
 
     async def next(self) -> TokenDelta | None:
-        """Return the next delta, None at an end that nobody explained."""
+        """Return all that waits as one delta, None at an end that nobody explained."""
         while not self._deltas:
             if self._error is not None:
                 raise self._error
@@ -141,4 +157,7 @@ class _Inbox:
                 return None
             self._filled.clear()
             await self._filled.wait()
-        return self._deltas.popleft()
+        joined = join_deltas(self._deltas)
+        self._deltas.clear()
+        self._tokens = 0
+        return joined

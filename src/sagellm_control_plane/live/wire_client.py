@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from typing import Any, cast
+from contextlib import aclosing
+from typing import Any
 
 import msgspec
 
+from sagellm_control_plane.live.runs import DeltaSink, Run, StreamRun, pulled
+from sagellm_control_plane.live.wire_connection import WireConnection
 from sagellm_protocol import wire
-from sagellm_protocol.deltas import join_deltas
 from sagellm_protocol.embedding import EmbedRequest, EmbedResult
 from sagellm_protocol.engine import EngineDescription, EngineRequest, EngineStatus, TokenDelta
 from sagellm_protocol.errors import (
     DeadlineExceededError,
-    EngineDiedError,
     InvalidArgumentError,
-    ResourceExhaustedError,
-    SageError,
     UnavailableError,
     UnsupportedError,
 )
@@ -72,7 +69,7 @@ class WireEngineClient:
         self._token = token
         self._timeouts = timeouts or WireTimeouts()
         self._max_buffered = max_buffered_tokens
-        self._connection: _Connection | None = None
+        self._connection: WireConnection | None = None
         self._connecting = asyncio.Lock()
         self._closed = False
 
@@ -135,15 +132,20 @@ class WireEngineClient:
         """Run one sequence; tokens that wait for the consumer come merged. Closing the generator aborts the sequence."""
         connection = await self._ensure()
         await connection.writable()
-        stream = connection.submit(request, self._max_buffered)
-        try:
-            while True:
-                delta = await stream.next()
+        async with aclosing(pulled(connection.submit, request, limit=self._max_buffered)) as deltas:
+            async for delta in deltas:
                 yield delta
-                if delta.finish_reason is not None:
-                    return
-        finally:
-            connection.release(stream)
+
+    def push(self, request: EngineRequest, sink: DeltaSink) -> Run:
+        """Run one sequence and tell `sink` where the bytes arrive (see `live.runs.PushingClient`)."""
+        connection = self._connection
+        if self._closed or connection is None or not connection.ready:
+            return StreamRun(self.stream(request), sink)  # which connects, or waits until the engine reads
+        try:
+            return connection.submit(request, sink)
+        except InvalidArgumentError as error:
+            sink.ended(error)
+            return _Refused()
 
     async def block_snapshot(self) -> BlockSnapshot:
         """Return all that the engine's prefix cache holds."""
@@ -200,7 +202,7 @@ class WireEngineClient:
                 f"engine {self._engine_id!r} did not answer {method!r} within {timeout_s:g} s"
             ) from None
 
-    async def _ensure(self) -> _Connection:
+    async def _ensure(self) -> WireConnection:
         if self._closed:
             raise UnavailableError(f"the client of engine {self._engine_id!r} is closed")
         if self._connection is None or self._connection.lost is not None:
@@ -209,10 +211,10 @@ class WireEngineClient:
                     self._connection = await self._open()
         return self._connection
 
-    async def _open(self) -> _Connection:
+    async def _open(self) -> WireConnection:
         loop = asyncio.get_running_loop()
-        connection = _Connection(loop, self._engine_id, self._timeouts.silence)
-        factory: Callable[[], _Connection] = lambda: connection  # noqa: E731 (both calls below want a factory)
+        connection = WireConnection(loop, self._engine_id, self._timeouts.silence)
+        factory: Callable[[], WireConnection] = lambda: connection  # noqa: E731 (both calls below want a factory)
         kind, host, port = _parse(self._address)
         try:
             if kind == "unix":
@@ -248,237 +250,8 @@ def _parse(address: str) -> tuple[str, str, int]:
     return "unix", address.removeprefix("unix://"), 0
 
 
-class _Stream:
-    """One sequence's deltas on their way from the connection to the consumer."""
+class _Refused:
+    """A run that never began."""
 
-    def __init__(self, number: int, request_id: str, limit: int) -> None:
-        self.number = number
-        self.request_id = request_id
-        self.finished = False
-        self._limit = limit
-        self._waiting: deque[TokenDelta] = deque()
-        self._tokens = 0
-        self._error: SageError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    def push(self, delta: TokenDelta) -> bool:
-        """Take a delta; False when the consumer lags beyond the limit."""
-        self._waiting.append(delta)
-        self._tokens += len(delta.token_ids)
-        self.finished = delta.finish_reason is not None
-        self._wake()
-        return self._tokens <= self._limit
-
-    def fail(self, error: SageError) -> None:
-        """End the stream with `error`, after what came before it."""
-        self.finished = True
-        self._error = self._error or error
-        self._wake()
-
-    async def next(self) -> TokenDelta:
-        """Return all that waits, as one delta."""
-        while not self._waiting:
-            if self._error is not None:
-                raise self._error
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        self._tokens = 0
-        joined = join_deltas(self._waiting)
-        self._waiting.clear()
-        return joined
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
-class _Connection(asyncio.Protocol):
-    """The client's end of one connection."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, engine_id: str, silence_s: float) -> None:
-        self._loop = loop
-        self._engine_id = engine_id
-        self._silence_s = silence_s
-        self._decoder = wire.FrameDecoder()
-        self._transport: asyncio.Transport | None = None
-        self._streams: dict[int, _Stream] = {}
-        self._calls: dict[int, tuple[str, asyncio.Future[Any]]] = {}
-        self._numbers = itertools.count(1)
-        self._can_write = asyncio.Event()
-        self._can_write.set()
-        self._last_frame = loop.time()
-        self._watch: asyncio.TimerHandle | None = None
-        self._reason: SageError | None = None
-        self.welcomed: asyncio.Future[wire.Welcome] = loop.create_future()
-        self.last_status: EngineStatus | None = None
-        self.lost: SageError | None = None
-
-    @property
-    def welcome(self) -> wire.Welcome:
-        """What the engine said first."""
-        return self.welcomed.result()
-
-    # asyncio.Protocol
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The connection stands."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's are not subclasses
-        self._watch_silence()
-
-    def data_received(self, data: bytes) -> None:
-        """Take what came; a frame that cannot be read ends the connection."""
-        self._last_frame = self._loop.time()
-        try:
-            for payload in self._decoder.feed(data):
-                self._handle(wire.decode_from_engine(payload))
-        except SageError as exc:
-            self.drop(f"engine {self._engine_id!r} cannot be understood: {exc.message}")
-
-    def pause_writing(self) -> None:
-        """The engine reads slowly: submit no more for now."""
-        self._can_write.clear()
-
-    def resume_writing(self) -> None:
-        """The engine has caught up."""
-        self._can_write.set()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The connection broke: every open stream and call ends."""
-        if self._watch is not None:
-            self._watch.cancel()
-        detail = f": {exc}" if exc is not None else ""
-        self._end(self._reason or EngineDiedError(f"the connection to engine {self._engine_id!r} broke{detail}"))
-
-    # what the engine says
-
-    def _handle(self, message: wire.FromEngine) -> None:
-        match message:
-            case wire.Deltas(deltas=deltas):
-                for number, delta in deltas:
-                    stream = self._streams.get(number)
-                    if stream is not None and not stream.push(delta):
-                        self._overflow(stream)
-            case wire.Heartbeat(status=status):
-                self.last_status = status
-            case wire.Reply():
-                self._answered(message)
-            case wire.Failure(error=error, stream=number):
-                self._failed(SageError.from_wire(error), number)
-            case wire.Welcome():
-                if not self.welcomed.done():
-                    self.welcomed.set_result(message)
-            case wire.Goodbye(reason=reason):
-                self._reason = EngineDiedError(f"engine {self._engine_id!r} ended: {reason}")
-
-    def _answered(self, message: wire.Reply) -> None:
-        method, future = self._calls.pop(message.call_id, ("", None))
-        if future is None or future.done():
-            return
-        if message.error is not None:
-            future.set_exception(SageError.from_wire(message.error))
-            return
-        try:
-            future.set_result(wire.decode_result(method, message))
-        except SageError as exc:
-            future.set_exception(exc)
-
-    def _failed(self, error: SageError, number: int | None) -> None:
-        if number is None:
-            self._reason = error
-            self._end(error)
-        elif number in self._streams:
-            self._streams[number].fail(error)
-
-    def _overflow(self, stream: _Stream) -> None:
-        stream.fail(
-            ResourceExhaustedError(
-                f"request {stream.request_id!r} is not read and its buffer is full: aborted; read faster"
-            )
-        )
-        self._streams.pop(stream.number, None)
-        self.send(wire.Abort(stream=stream.number))
-
-    # what the engine is told
-
-    def send(self, message: wire.ToEngine) -> None:
-        """Send one message; nothing if the connection has ended."""
-        if self._transport is not None and self.lost is None:
-            self._transport.write(wire.encode_frame(message))
-
-    async def writable(self) -> None:
-        """Wait until the engine has taken what was sent before."""
-        await self._can_write.wait()
-
-    def submit(self, request: EngineRequest, limit: int) -> _Stream:
-        """Start a sequence."""
-        if self.lost is not None:
-            raise EngineDiedError(self.lost.message)
-        stream = _Stream(next(self._numbers), request.request_id, limit)
-        self.send(wire.Submit(stream=stream.number, request=request))
-        self._streams[stream.number] = stream
-        return stream
-
-    def release(self, stream: _Stream) -> None:
-        """Forget a stream, and abort it if it has not finished."""
-        if self._streams.pop(stream.number, None) is not None and not stream.finished:
-            self.send(wire.Abort(stream=stream.number))
-
-    async def call(self, method: str, params: msgspec.Struct) -> Any:
-        """Ask, and wait for the answer."""
-        if self.lost is not None:
-            raise EngineDiedError(self.lost.message)
-        call_id = next(self._numbers)
-        future: asyncio.Future[Any] = self._loop.create_future()
-        self._calls[call_id] = (method, future)
-        try:
-            self.send(wire.call(call_id, method, params))
-            return await future
-        finally:
-            if self._calls.pop(call_id, None) is not None and (future.cancelled() or not future.done()):
-                self.send(wire.Cancel(call_id=call_id))
-
-    def leave(self) -> None:
-        """Say goodbye and end."""
-        self.send(wire.Goodbye(reason="the client is closing"))
-        self._reason = EngineDiedError(f"the client of engine {self._engine_id!r} was closed")
-        if self._transport is not None:
-            self._transport.close()
-        self._end(self._reason)
-
-    def drop(self, reason: str) -> None:
-        """Give the connection up."""
-        self._reason = self._reason or EngineDiedError(reason)
-        if self._transport is not None:
-            self._transport.abort()
-        self._end(self._reason)
-
-    def _end(self, error: SageError) -> None:
-        if self.lost is not None:
-            return
-        self.lost = error
-        self._can_write.set()
-        if not self.welcomed.done():
-            self.welcomed.set_exception(error)
-            self.welcomed.exception()  # seen: nobody may be waiting any more
-        for stream in self._streams.values():
-            if not stream.finished:
-                stream.fail(EngineDiedError(error.message))
-        for _, future in self._calls.values():
-            if not future.done():
-                future.set_exception(EngineDiedError(error.message))
-
-    def _watch_silence(self) -> None:
-        """Drop an engine that has been silent for too long. A late timer is our own loop's delay, not the engine's silence."""
-        interval = self._silence_s / 4
-        due = self._loop.time() + interval
-
-        def check() -> None:
-            now = self._loop.time()
-            if now - due > interval:
-                self._last_frame = now
-            if now - self._last_frame > self._silence_s:
-                self.drop(f"engine {self._engine_id!r} was silent for {self._silence_s:g} s")
-                return
-            self._watch_silence()
-
-        self._watch = self._loop.call_at(due, check)
+    def cancel(self) -> None:
+        """There is nothing to abort."""

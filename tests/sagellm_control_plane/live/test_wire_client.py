@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from sagellm_control_plane.live.wire_client import WireEngineClient, WireTimeouts
@@ -13,9 +14,11 @@ from sagellm_protocol.embedding import EmbedRequest, EmbedResult
 from sagellm_protocol.errors import (
     DeadlineExceededError,
     EngineDiedError,
+    InternalError,
     InvalidArgumentError,
     ProtocolVersionError,
     ResourceExhaustedError,
+    SageError,
     UnavailableError,
     UnsupportedError,
 )
@@ -281,6 +284,113 @@ async def test_slow_consumer(tmp_path):
         assert len((await first).token_ids) == 11
         with pytest.raises(ResourceExhaustedError, match="'slow' is not read"):
             await anext(slow)
+
+
+class Sink:
+    """Notes what it is told; fails at `bad`, if that comes."""
+
+    def __init__(self, bad: int | None = None) -> None:
+        self.seen: list[int] = []
+        self.over: asyncio.Future[SageError | None] = asyncio.get_running_loop().create_future()
+        self._bad = bad
+
+    def delta(self, delta: TokenDelta) -> None:
+        self.seen.extend(delta.token_ids)
+        if self._bad in delta.token_ids:
+            raise KeyError(self._bad)
+        if delta.finish_reason is not None:
+            self.over.set_result(None)
+
+    def ended(self, error: SageError | None) -> None:
+        self.over.set_result(error)
+
+
+async def test_pushes_deltas(tmp_path):
+    """A sink gets the deltas of its run, also of the one for which the client has to connect first."""
+
+    async def script(engine: Engine) -> None:
+        await engine.welcome()
+        for number in range(2):
+            stream = (await engine.receive()).stream
+            engine.send(tokens(stream, number, 7), tokens(stream, 8, finish="stop"), tokens(stream, 9))
+        await engine.receive()
+
+    async with engine_that(tmp_path, script) as client:
+        for number in range(2):
+            sink = Sink()
+            client.push(request(), sink)
+            await sink.over
+            assert sink.seen == [number, 7, 8]
+
+
+async def test_cancelled_push_aborts(tmp_path):
+    """Cancelling a run sends one abort for its number; a run that has finished sends none, and nobody is told anything more."""
+    aborted = asyncio.get_running_loop().create_future()
+
+    async def script(engine: Engine) -> None:
+        await engine.welcome()
+        first, second = await engine.receive(), await engine.receive()
+        engine.send(tokens(second.stream, 5, finish="stop"))
+        message = await engine.receive()
+        engine.send(tokens(first.stream, 6))
+        aborted.set_result((message, first.stream))
+        assert isinstance(await engine.receive(), wire.Goodbye)
+
+    async with engine_that(tmp_path, script) as client:
+        await client.connect()
+        first, second = Sink(), Sink()
+        run, finished = client.push(request("first"), first), client.push(request("second"), second)
+        await second.over
+        finished.cancel()
+        run.cancel()
+        run.cancel()
+        message, number = await aborted
+        assert message == wire.Abort(stream=number)
+        await client.close()
+        assert first.seen == []
+        assert not first.over.done()
+
+
+async def test_push_is_told_of_failures(tmp_path):
+    """A refused run, one on an engine that ends, and one that no frame holds end with their errors."""
+
+    async def script(engine: Engine) -> None:
+        await engine.welcome()
+        refused = (await engine.receive()).stream
+        engine.send(wire.Failure(error=ResourceExhaustedError("full").to_wire(), stream=refused))
+        await engine.receive()
+
+    async with engine_that(tmp_path, script) as client:
+        await client.connect()
+        refused, broken, large = Sink(), Sink(), Sink()
+        client.push(request(), refused)
+        assert isinstance(await refused.over, ResourceExhaustedError)
+        client.push(msgspec.structs.replace(request(), prompt_token_ids=(1 << 30,) * 2**23), large).cancel()
+        assert isinstance(await large.over, InvalidArgumentError)
+        client.push(request(), broken)
+        assert isinstance(await broken.over, EngineDiedError)
+
+
+async def test_failing_sink_is_alone(tmp_path, caplog):
+    """A sink with a bug loses its own stream, which is aborted; the others of the frame get their tokens."""
+
+    async def script(engine: Engine) -> None:
+        await engine.welcome()
+        bad, good = await engine.receive(), await engine.receive()
+        both = tokens(bad.stream, 1).deltas + tokens(good.stream, 2, finish="stop").deltas
+        engine.send(wire.Deltas(deltas=both))
+        assert await engine.receive() == wire.Abort(stream=bad.stream)
+        await engine.receive()
+
+    async with engine_that(tmp_path, script) as client:
+        await client.connect()
+        bad, good = Sink(bad=1), Sink()
+        client.push(request("bad"), bad)
+        client.push(request("good"), good)
+        assert await good.over is None
+        assert isinstance(await bad.over, InternalError)
+        assert client.connected
+    assert "its reader failed" in caplog.text
 
 
 async def test_calls(tmp_path):
