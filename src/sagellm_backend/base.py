@@ -44,6 +44,7 @@ class LoadOptions:
 
     Attributes:
         n_blocks: KV blocks to hold, each of `BLOCK_SIZE` tokens for all layers.
+        more_blocks: how many more there may be, where a backend measures what it needs and finds that they fit.
         max_rows: most rows of one step.
         max_logit_rows: most rows of one step that need logits.
         threads: 0 is as many as the affinity mask and the cgroup quota allow.
@@ -59,6 +60,7 @@ class LoadOptions:
     quant: Literal["auto", "q4", "q8", "bf16", "f32"] = "auto"
     kv_dtype: Literal["auto", "f32", "bf16", "int8"] = "auto"
     cache_dir: str | None = None
+    more_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from sagellm_backend.adapter import Adapter, AdapterRunner
 from sagellm_backend.base import BLOCK_SIZE, Backend, LoadOptions, RowSampling, Runner, StepBatch, StepResult
+from sagellm_backend.conformance_encoder import encoders_match_reference
 from sagellm_backend.conformance_specs import SPECS, random_adapter, random_ids, random_weights, sampling_rows
 from sagellm_backend.quant import dequantize, quantize
 from sagellm_backend.reference import ReferenceBackend
@@ -470,6 +471,7 @@ CHECKS: tuple[Callable[[Kit], None], ...] = (
     masks_may_come_late,
     hidden_states_match_reference,
     adapters_act_as_merged_weights,
+    encoders_match_reference,
     weights_are_checked,
     batches_are_checked,
     accounting_is_exact,

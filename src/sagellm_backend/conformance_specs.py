@@ -10,6 +10,7 @@ import numpy as np
 
 from sagellm_backend.adapter import ADAPTED, Adapter
 from sagellm_backend.base import RowSampling
+from sagellm_backend.encoder import EncoderSpec
 from sagellm_backend.spec import DecoderSpec, ExpertSpec, RopeSpec
 from sagellm_backend.tensors import Tensor, Weights
 from sagellm_protocol.sampling import SamplingParams
@@ -94,7 +95,7 @@ class _Draw:
     deviation: float
 
 
-def random_weights(spec: DecoderSpec, seed: int = 7) -> Weights:
+def random_weights(spec: DecoderSpec | EncoderSpec, seed: int = 7) -> Weights:
     """Return float32 weights whose activations keep their size through the layers."""
     rng = np.random.default_rng(seed)
     out: dict[str, Tensor] = {}

@@ -173,6 +173,7 @@ def _options(config: EngineConfig, plan: MemoryPlan, more_rows: int = 0) -> Load
 
     return LoadOptions(
         n_blocks=plan.n_blocks,
+        more_blocks=plan.more_blocks,
         max_rows=plan.max_rows + more_rows,
         max_logit_rows=plan.max_logit_rows,
         threads=config.device.threads,

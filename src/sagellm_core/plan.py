@@ -44,6 +44,7 @@ class MemoryPlan:
         free_bytes: what may be used: free on the device, or the cap that was given.
         n_ctx: tokens of one sequence.
         n_blocks, block_bytes: the KV cache; a block is one of the model and one of the draft model together.
+        more_blocks: by how many the cache may grow where a backend measures what a step takes, instead of estimating it.
         max_rows, max_logit_rows: the step.
     """
 
@@ -58,6 +59,7 @@ class MemoryPlan:
     block_bytes: int
     max_rows: int
     max_logit_rows: int
+    more_blocks: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -135,6 +137,7 @@ def _sized(config: EngineConfig, models: Sequence[_Sized], backend: Backend) -> 
         block_bytes=block_bytes,
         max_rows=limits.max_batch_tokens,
         max_logit_rows=max_logit_rows,
+        more_blocks=_more_blocks(config, n_ctx, n_blocks, BLOCK_SIZE),
     )
     return plan, room
 
@@ -151,6 +154,14 @@ def _blocks(config: EngineConfig, n_ctx: int, most: int, block_size: int) -> int
     each = -(-n_ctx // block_size)
     share = most if config.cache.kv_bytes is not None else int(most * KV_SHARE)
     return max(each + 1, min(config.limits.parallel * each + 1, share))
+
+
+def _more_blocks(config: EngineConfig, n_ctx: int, n_blocks: int, block_size: int) -> int:
+    """What `parallel` full sequences lack. Whoever gave a size or a draft model, which shares the device, gets what was planned."""
+    given = config.cache.kv_bytes is not None or config.device.memory_bytes is not None
+    if given or config.speculation.draft_model is not None:
+        return 0
+    return max(0, config.limits.parallel * -(-n_ctx // block_size) + 1 - n_blocks)
 
 
 def _weight_bytes(config: EngineConfig, spec: DecoderSpec, file_bytes: int, backend: Backend) -> int:

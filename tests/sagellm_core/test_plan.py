@@ -72,6 +72,17 @@ def test_an_unsized_cache_takes_at_most_half_of_what_is_free():
     assert got.kv_bytes <= rest / 2
 
 
+def test_a_backend_that_measures_may_grow_the_cache_to_what_parallel_sequences_need():
+    """Planned and further blocks make parallel full sequences and a block for a copy; a size that was given is not passed."""
+    limits = Limits(n_ctx=1024, parallel=8)
+    got = plan(200, limits=limits)
+    assert 64 < got.n_blocks < 8 * 64 + 1
+    assert got.n_blocks + got.more_blocks == 8 * 64 + 1
+    assert plan(65536, limits=limits).more_blocks == 0
+    assert plan(200, limits=limits, cache=CacheOptions(kv_bytes=got.kv_bytes)).more_blocks == 0
+    assert plan(1024, limits=limits, device=DeviceOptions(memory_bytes=200 * MIB)).more_blocks == 0
+
+
 def test_an_unsized_context_shrinks_until_it_fits():
     """On a small machine the context becomes what fits."""
     got = plan(200)

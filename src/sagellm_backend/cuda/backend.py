@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sagellm_backend.base import BLOCK_SIZE, Capability, LoadOptions, MemoryInfo
 from sagellm_backend.checks import check_weights
 from sagellm_backend.cuda.settings import CudaSettings
+from sagellm_backend.encoder import EncoderSpec
 from sagellm_backend.host import host_memory
 from sagellm_backend.sampling import MAX_VOCAB
 from sagellm_backend.spec import DecoderSpec
 from sagellm_backend.tensors import Weights
 from sagellm_protocol.errors import ResourceExhaustedError, UnsupportedError
 
-if TYPE_CHECKING:  # it needs torch
+if TYPE_CHECKING:  # they need torch
+    from sagellm_backend.cuda.encoder import CudaEncoder
     from sagellm_backend.cuda.runner import CudaRunner
 
 __all__ = ["CudaBackend"]
@@ -22,6 +26,7 @@ __all__ = ["CudaBackend"]
 _INSTALL = "pip install 'isagellm[cuda]'"
 _LEAST_CHIP = (8, 0)
 _FP8_CHIP = (8, 9)
+_EARLY_CHIP = (9, 0)
 _KV_BYTES = {"bf16": 2, "f32": 4}
 
 
@@ -93,36 +98,71 @@ class CudaBackend:
             UnsupportedError: the device, the spec or the options need what this backend lacks.
             ResourceExhaustedError: the device has no room for it; the message has the numbers.
         """
-        reason = self.available()
-        if reason is not None:
-            raise UnsupportedError(f"backend 'cuda' cannot run here: {reason}", param="backend")
-        if options.threads:
-            raise UnsupportedError("the cuda backend has no threads to set: leave --threads out", param="threads")
+        self._check_options(options)
         if spec.vocab_size >= MAX_VOCAB:
             raise UnsupportedError(
                 f"a vocabulary of {spec.vocab_size} is not below {MAX_VOCAB}, the limit of sums in 63 bits",
                 param="model",
             )
-        if self.settings.fp8 and self.settings.on_gpu and _chip(self.settings) < _FP8_CHIP:
-            raise UnsupportedError(
-                "this GPU has no 8-bit floats (it needs 8.9 or newer): unset SAGELLM_CUDA_FP8", param="quant"
-            )
-        import torch
-
+        from sagellm_backend.cuda.device import on_device
         from sagellm_backend.cuda.runner import CudaRunner
         from sagellm_backend.cuda.weights import load_weights
 
         check_weights(spec, weights)
         kv_dtype = self._kv_dtype(options.kv_dtype)
-        try:
+        with self._loading():
             loaded = load_weights(spec, weights, self.settings, options.quant)
-        except torch.OutOfMemoryError as error:
-            memory = self.memory()
-            raise ResourceExhaustedError(
-                f"the weights do not fit: {memory.free >> 20} MiB of {memory.total >> 20} MiB were free when the device refused "
-                "more: pass --quant q4 or q8, or take a smaller model"
-            ) from error
-        return CudaRunner(spec, loaded, options, self.settings, kv_dtype)
+        with on_device(self.settings):
+            return CudaRunner(spec, loaded, options, self.settings, kv_dtype)
+
+    def load_encoder(self, spec: EncoderSpec, weights: Weights, options: LoadOptions) -> CudaEncoder:
+        """Stream an encoder's weights to the device.
+
+        Raises:
+            ValueError: a slot of the spec is missing or has another shape.
+            UnsupportedError: the device or the options need what this backend lacks.
+            ResourceExhaustedError: the device has no room for it; the message has the numbers.
+        """
+        self._check_options(options)
+        from sagellm_backend.cuda.encoder import CudaEncoder
+
+        check_weights(spec, weights)
+        with self._loading():
+            return CudaEncoder(spec, weights, self.settings, options.quant)
+
+    def _check_options(self, options: LoadOptions) -> None:
+        reason = self.available()
+        if reason is not None:
+            raise UnsupportedError(f"backend 'cuda' cannot run here: {reason}", param="backend")
+        if options.threads:
+            raise UnsupportedError("the cuda backend has no threads to set: leave --threads out", param="threads")
+        chip = _chip(self.settings) if self.settings.on_gpu else _EARLY_CHIP
+        if self.settings.fp8 and chip < _FP8_CHIP:
+            raise UnsupportedError(
+                "this GPU has no 8-bit floats (it needs 8.9 or newer): unset SAGELLM_CUDA_FP8", param="quant"
+            )
+        if self.settings.early and chip < _EARLY_CHIP:
+            raise UnsupportedError(
+                "this GPU cannot launch a kernel before the last one ends (it needs 9.0 or newer): unset SAGELLM_CUDA_EARLY",
+                param="backend",
+            )
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        """Work on the device; say so where it has no room for the weights."""
+        import torch
+
+        from sagellm_backend.cuda.device import on_device
+
+        with on_device(self.settings):
+            try:
+                yield
+            except torch.OutOfMemoryError as error:
+                memory = self.memory()
+                raise ResourceExhaustedError(
+                    f"the weights do not fit: {memory.free >> 20} MiB of {memory.total >> 20} MiB were free when the device "
+                    "refused more: pass --quant q4 or q8, or take a smaller model"
+                ) from error
 
     def _kv_dtype(self, name: str) -> str:
         chosen = ("f32" if self.settings.dtype == "f32" else "bf16") if name == "auto" else name

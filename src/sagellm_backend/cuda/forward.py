@@ -14,7 +14,7 @@ from sagellm_backend.cuda.plan import DeviceStep
 from sagellm_backend.cuda.weights import WeightSet
 from sagellm_backend.spec import DecoderSpec, RopeSpec
 
-__all__ = ["Forward"]
+__all__ = ["Forward", "Rotations", "shape_logits"]
 
 
 class Forward:
@@ -29,19 +29,16 @@ class Forward:
 
     def __init__(self, spec: DecoderSpec, weights: WeightSet, kv: CudaKV, ops: TorchOps) -> None:
         self._spec, self._weights, self._kv, self._ops = spec, weights, kv, ops
-        device = weights.embed.data.device
-        self._ropes = [spec.rope] if spec.rope_local is None else [spec.rope, spec.rope_local]
-        self._frequencies = [_frequencies(rope, device) for rope in self._ropes]
+        self._rotations = Rotations(spec, ops, weights.embed.data.device)
 
     def hidden(self, step: DeviceStep, adapters: AdapterRows | None = None) -> torch.Tensor:
         """Run all layers, write the rows' KV; return the final-norm state of the logit rows, (n, d_model)."""
         spec, ops = self._spec, self._ops
-        rotations = [self._rotation(i, step.positions) for i in range(len(self._ropes))]
+        rotations = self._rotations.of(step.positions)
         x = ops.embed(self._weights.embed, step.tokens, spec.embed_scale)
         x, h = self._join(x, None, None, "0.attn_norm")
         for layer in range(spec.n_layers):
-            rotation = rotations[self._ropes.index(spec.rope_of(layer))]
-            branch = self._attention(layer, h, step, rotation, adapters)
+            branch = self._attention(layer, h, step, rotations[layer], adapters)
             x, h = self._join(x, branch, f"{layer}.post_attn_norm", f"{layer}.ffn_norm")
             branch = self._feed_forward(layer, h, adapters)
             x, h = self._join(x, branch, f"{layer}.post_ffn_norm", f"{layer + 1}.attn_norm")
@@ -49,11 +46,7 @@ class Forward:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, d_model) -> f32 (n, vocab)."""
-        spec = self._spec
-        logits = self._ops.matmul(hidden, self._weights.head, exact=True)
-        if spec.logit_scale != 1.0:
-            logits = logits * spec.logit_scale
-        return soft_cap(logits, spec.final_softcap)
+        return shape_logits(self._spec, self._ops.matmul(hidden, self._weights.head, exact=True))
 
     def _join(
         self, x: torch.Tensor, branch: torch.Tensor | None, post: str | None, norm: str
@@ -121,12 +114,33 @@ class Forward:
         out = _grouped(ops, inner, projections[f"{layer}.experts.down"].parts, replace(routes, source=product))
         return (out.view(h.shape[0], experts.top_k, -1).float() * shares[:, :, None]).sum(dim=1).to(h.dtype)
 
-    def _rotation(self, index: int, positions: torch.Tensor) -> Rotation:
-        """Angles in float64, as the reference has them."""
-        rope = self._ropes[index]
-        angles = positions.double()[:, None] * rope.position_scale * self._frequencies[index]
-        cos, sin = angles.cos() * rope.magnitude_scale, angles.sin() * rope.magnitude_scale
-        return Rotation(cos.float(), sin.float(), rope.layout == "interleaved")
+
+class Rotations:
+    """Angles of a model's layers, in float64 as the reference has them.
+
+    Args:
+        spec: the model.
+        ops: the operations.
+        device: where.
+    """
+
+    def __init__(self, spec: DecoderSpec, ops: TorchOps, device: torch.device) -> None:
+        self._spec, self._ops = spec, ops
+        ropes = [spec.rope] if spec.rope_local is None else [spec.rope, spec.rope_local]
+        self._ropes = [(rope, _frequencies(rope, device)) for rope in ropes]
+
+    def of(self, positions: torch.Tensor) -> list[Rotation]:
+        """Return each layer's rotation of rows at `positions`, int32 (rows,)."""
+        turned = {}
+        for rope, frequencies in self._ropes:
+            cos, sin = self._ops.angles(positions, frequencies, rope.magnitude_scale)
+            turned[rope] = Rotation(cos, sin, rope.layout == "interleaved")
+        return [turned[self._spec.rope_of(layer)] for layer in range(self._spec.n_layers)]
+
+
+def shape_logits(spec: DecoderSpec, logits: torch.Tensor) -> torch.Tensor:
+    """Scale and cap the head's products."""
+    return soft_cap(logits if spec.logit_scale == 1.0 else logits * spec.logit_scale, spec.final_softcap)
 
 
 def _grouped(ops: TorchOps, x: torch.Tensor, parts: tuple[Matrix, ...], routes: Routes) -> torch.Tensor:
@@ -139,4 +153,4 @@ def _frequencies(rope: RopeSpec, device: torch.device) -> torch.Tensor:
     frequencies = rope.theta ** (-torch.arange(half, dtype=torch.float64) / half)
     if rope.inv_freq_factors is not None:
         frequencies = frequencies / torch.tensor(rope.inv_freq_factors, dtype=torch.float64)
-    return frequencies.to(device)
+    return (frequencies * rope.position_scale).to(device)

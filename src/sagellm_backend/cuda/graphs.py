@@ -7,35 +7,38 @@ warms up the kernels. A batch takes the next larger size; the rows that are too 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from sagellm_backend.base import BLOCK_SIZE
-from sagellm_backend.cuda.forward import Forward
 from sagellm_backend.cuda.kv import CudaKV
-from sagellm_backend.cuda.plan import DeviceStep, StepPlan, follow
+from sagellm_backend.cuda.ops import TorchOps
+from sagellm_backend.cuda.plan import DeviceStep, StepPlan
 
-__all__ = ["Captured", "DecodeGraphs", "ladder"]
+__all__ = ["Capture", "Captured", "Capturer", "DecodeGraphs", "ladder"]
 
 _MAX_WIDTH = 8192
 """Blocks of one sequence that a graph has room for: 131,072 tokens."""
 
 Captured = Callable[[], torch.Tensor]
-"""Runs the captured step again and returns its output, (size, d_model), which the next run overwrites."""
+"""Runs the captured step again and returns its output, (size, …), which the next run overwrites."""
+
+Capture = Callable[[Callable[[], torch.Tensor]], Captured]
 
 
 def ladder(most: int) -> list[int]:
-    """Batch sizes to capture: powers of two up to 16, then steps that waste at most a sixth of the rows, up to `most`."""
+    """Batch sizes to capture: powers of two up to 16, then steps that waste at most a sixth of the rows, and `most` itself."""
     sizes = [1, 2, 4, 8]
     step = 8
     while sizes[-1] < most:
         step = max(step, sizes[-1] // 8 // 8 * 8)
         sizes.append(sizes[-1] + step)
-    return [size for size in sizes if size <= most] or [1]
+    return [*(size for size in sizes if size < most), most]
 
 
 @dataclass(slots=True)
@@ -51,25 +54,26 @@ class DecodeGraphs:
     """Captured decode steps of one model.
 
     Args:
-        forward: the model.
-        kv: its cache.
+        run: computes a step: what it gives for each row, (rows, …).
+        ops: the operations that it uses.
+        kv: the model's cache.
         context_length: positions of the longest sequence that uses graphs.
-        max_rows: largest batch.
+        sizes: of the batches that are captured, ascending.
         capture: how a step is captured; tests pass one that does without a GPU.
     """
 
     def __init__(
         self,
-        forward: Forward,
+        run: Callable[[DeviceStep], torch.Tensor],
+        ops: TorchOps,
         kv: CudaKV,
         context_length: int,
-        max_rows: int,
-        capture: Callable[[Callable[[], torch.Tensor]], Captured] | None = None,
+        sizes: Sequence[int],
+        capture: Capture,
     ) -> None:
-        self._forward, self._kv = forward, kv
+        self._run, self._ops, self._kv = run, ops, kv
         self._width = max(1, min(kv.n_blocks, -(-context_length // BLOCK_SIZE), _MAX_WIDTH))
-        self._sizes = ladder(min(max_rows, 512))
-        self._capture = capture or _Capturer().capture
+        self._sizes, self._capture = sizes, capture
         # One for all sizes: it is filled before each run.
         shape = (self._sizes[-1], self._width)
         self._tables = torch.full(shape, kv.spare, dtype=torch.int32, device=kv.data.device)
@@ -83,14 +87,14 @@ class DecodeGraphs:
         return tuple(sorted(self._graphs))
 
     def run(self, plan: StepPlan, last: torch.Tensor | None) -> torch.Tensor | None:
-        """Return the final-norm states (rows, d_model) of a decode step; None if it has to run without a graph.
+        """Return what a decode step gives, (rows, …); None if it has to run without a graph.
 
         Args:
             plan: the step.
             last: what the step before draws, for negative token ids; None where there are none.
         """
         rows = plan.tokens.size
-        if rows != plan.lengths.size or plan.logit_rows.size != rows or plan.tables.shape[1] > self._width:
+        if not plan.decodes or plan.tables.shape[1] > self._width:
             return None
         at = bisect_left(self._sizes, rows)
         if at == len(self._sizes):
@@ -104,9 +108,18 @@ class DecodeGraphs:
             graph = self._graphs[size] = self._prepare(size)
         self._fill(graph, plan, size, last)
         if graph.replay is None:
-            graph.replay = self._capture(lambda: self._forward.hidden(graph.step))
+            graph.replay = self._capture(partial(self._run, graph.step))
         self.replays += 1
         return graph.replay()[:rows]
+
+    def capture_all(self) -> None:
+        """Capture every size now, for those who would rather wait at the start than later."""
+        for size in self._sizes:
+            graph = self._graphs.get(size) or self._prepare(size)
+            if graph.replay is None:
+                self._graphs[size] = graph
+                graph.step.slots.fill_(self._kv.spare * BLOCK_SIZE)
+                graph.replay = self._capture(partial(self._run, graph.step))
 
     def _prepare(self, size: int) -> _Graph:
         device = self._kv.data.device
@@ -137,7 +150,7 @@ class DecodeGraphs:
         graph.buffer.copy_(_staged(host.reshape(-1), graph.buffer), non_blocking=True)
         graph.step.tables[:rows, :width].copy_(_staged(tables, graph.buffer), non_blocking=True)
         if last is not None:
-            graph.step.tokens.copy_(follow(graph.step.tokens, last))
+            graph.step.tokens.copy_(self._ops.follow(graph.step.tokens, last))
 
 
 def _staged(array: npt.NDArray[np.int32], target: torch.Tensor) -> torch.Tensor:
@@ -145,8 +158,8 @@ def _staged(array: npt.NDArray[np.int32], target: torch.Tensor) -> torch.Tensor:
     return tensor.pin_memory() if target.is_cuda else tensor
 
 
-class _Capturer:
-    """Captures on the GPU, into one pool of memory for all sizes."""
+class Capturer:
+    """Captures on the GPU, into one pool of memory for all graphs: they run one after another, so they can share it."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -159,7 +172,8 @@ class _Capturer:
             run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # What other threads ask of the device meanwhile (an export of blocks, another engine) must not end the capture.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = run()
 
         def replay() -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from sagellm_backend.base import BLOCK_SIZE
@@ -64,8 +65,12 @@ class CudaKV:
             ValueError: a block number is out of range.
         """
         self._check(blocks)
-        chosen = self.data[self._index(blocks)]
-        return bytes(chosen.view(torch.uint8).cpu().numpy().data)
+        # Block by block into pinned memory: gathered on the device they would need room there that nobody planned.
+        host = self._host(len(blocks))
+        for place, block in zip(host, blocks, strict=True):
+            place.copy_(self.data[block], non_blocking=True)
+        self._wait()
+        return bytes(host.view(torch.uint8).numpy().data)
 
     def import_blocks(self, blocks: Sequence[int], data: bytes | memoryview) -> None:
         """Fill blocks with exported content.
@@ -79,11 +84,19 @@ class CudaKV:
             raise ValueError(f"{view.nbytes} bytes for {len(blocks)} blocks of {self._block_bytes} bytes")
         if not blocks:
             return
-        content = torch.frombuffer(bytearray(view), dtype=torch.uint8).view(self.data.dtype)
-        self.data[self._index(blocks)] = content.view(len(blocks), *self.data.shape[1:]).to(self.data.device)
+        host = self._host(len(blocks))
+        host.view(torch.uint8).view(-1).numpy()[:] = np.frombuffer(view, np.uint8)
+        for place, block in zip(host, blocks, strict=True):
+            self.data[block].copy_(place, non_blocking=True)
+        self._wait()
 
-    def _index(self, blocks: Sequence[int]) -> torch.Tensor:
-        return torch.tensor([int(block) for block in blocks], dtype=torch.int64, device=self.data.device)
+    def _host(self, n_blocks: int) -> torch.Tensor:
+        """Room for blocks on the host, pinned for a GPU."""
+        return torch.empty((n_blocks, *self.data.shape[1:]), dtype=self.data.dtype, pin_memory=self.data.is_cuda)
+
+    def _wait(self) -> None:
+        if self.data.is_cuda:
+            torch.cuda.current_stream(self.data.device).synchronize()
 
     def _check(self, blocks: Sequence[int]) -> None:
         if not self.data.shape[0]:

@@ -66,9 +66,24 @@ class TorchOps:
 
     short_rows = 1
     long_rows = 0
+    prompt_rows = 0
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+
+    def follow(self, tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Put what was drawn before in the place of negative tokens, both int32: -1 - j is ``last[j]``.
+
+        A row that could not draw (-1) goes on with token 0, to no use.
+        """
+        return torch.where(tokens < 0, last[(-1 - tokens).clamp(min=0)].clamp(min=0), tokens)
+
+    def angles(
+        self, positions: torch.Tensor, frequencies: torch.Tensor, magnitude: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of position · frequency (f64) times `magnitude`, f32 (rows, frequencies)."""
+        turned = positions.double()[:, None] * frequencies
+        return turned.cos().float() * magnitude, turned.sin().float() * magnitude
 
     def embed(self, table: Matrix, tokens: torch.Tensor, scale: float) -> torch.Tensor:
         """Rows of `table` times `scale`, f32 (rows, d_model)."""

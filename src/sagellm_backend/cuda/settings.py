@@ -24,6 +24,9 @@ class CudaSettings:
         kernels: ``triton``, plain ``torch``, or ``auto``: Triton on a GPU, torch elsewhere.
         invariant: fix every tile and split, so that a row's bits do not depend on the batch; slower.
         graphs: replay decode steps as CUDA graphs.
+        early: launch the kernels of small decode steps while the one before each ends (compute capability 9.0).
+        prompts: attention of prompts of some length: torch's own over keys that are gathered first (``sdpa``), or our own over
+            the pages (``paged``).
         fp8: keep matrices that the file has in 16 or 32 bits as 8-bit floats (e4m3, one scale a row).
     """
 
@@ -32,6 +35,8 @@ class CudaSettings:
     kernels: Literal["auto", "triton", "torch"] = "auto"
     invariant: bool = False
     graphs: bool = True
+    early: bool = False
+    prompts: Literal["sdpa", "paged"] = "sdpa"
     fp8: bool = False
 
     @property

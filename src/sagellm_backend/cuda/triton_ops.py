@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 
 from sagellm_backend.base import BLOCK_SIZE
 from sagellm_backend.cuda.kernels import activation, attention, draw, embed, matmul, norm, rotary
@@ -19,11 +20,13 @@ from sagellm_backend.cuda.tiles import FIXED, Tiles, tiles_for
 from sagellm_backend.cuda.weighted import high_product
 from sagellm_backend.cuda.weights import Projection
 
-__all__ = ["TritonOps"]
+__all__ = ["TritonOps", "attend_prompt"]
 
 _LANES = 16
 """Least rows of a tensor-core product."""
 _LONG_LANES = 64
+_PROMPT_ROWS = 256
+"""Fewer rows are better off in one launch with those of others."""
 _SPAN = 1024
 """Keys of one split in batch-invariant mode."""
 _PROGRAMS = 264
@@ -39,14 +42,29 @@ class TritonOps(TorchOps):
         dtype: of activations.
         group: query heads of a KV head.
         invariant: fix all tiles and splits.
+        gather_prompts: attend to prompts of some length by torch's own attention, over keys that are gathered first; for models
+            without windows and soft caps, which it does not know.
     """
 
-    def __init__(self, dtype: torch.dtype, group: int, *, invariant: bool = False) -> None:
+    def __init__(
+        self, dtype: torch.dtype, group: int, *, invariant: bool = False, gather_prompts: bool = False
+    ) -> None:
         super().__init__(dtype)
         self._invariant = invariant
+        self.prompt_rows = _PROMPT_ROWS if gather_prompts and not invariant else 0
         self.short_rows = max(1, _LANES // group)
         self.long_rows = 0 if invariant else max(1, _LONG_LANES // group)
         self._short_lanes, self._long_lanes = (_lanes(rows * group) for rows in (self.short_rows, self.long_rows))
+
+    def follow(self, tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """See `TorchOps.follow`."""
+        return embed.follow(tokens, last)
+
+    def angles(
+        self, positions: torch.Tensor, frequencies: torch.Tensor, magnitude: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `TorchOps.angles`."""
+        return rotary.angles(positions, frequencies, magnitude)
 
     def embed(self, table: Matrix, tokens: torch.Tensor, scale: float) -> torch.Tensor:
         """See `TorchOps.embed`."""
@@ -114,6 +132,12 @@ class TritonOps(TorchOps):
             attention.attend(
                 q, cache, step.tables, tiles, rows, out, tile, scale=shape.scale, window=shape.window, cap=shape.softcap
             )
+        for prompt in step.prompts:
+            table = step.tables[prompt.sequence, : -(-prompt.end // BLOCK_SIZE)].long()
+            keys, values = (
+                cache[:, i].transpose(0, 1)[:, table].flatten(1, 2)[:, : prompt.end].to(q.dtype) for i in (0, 1)
+            )
+            out[prompt.rows] = attend_prompt(q[prompt.rows], keys, values, shape.scale)
         return out.flatten(1)
 
     def activate(self, gate_up: torch.Tensor, kind: Literal["silu", "gelu_tanh", "gelu"]) -> torch.Tensor:
@@ -179,6 +203,17 @@ class TritonOps(TorchOps):
 
     def _long_tile(self, shape: AttentionShape) -> attention.TileShape:
         return attention.TileShape(self.long_rows, self._long_lanes, self._keys(shape), 1, 0, 4)
+
+
+def attend_prompt(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention of the last rows of a sequence: q (rows, heads, head_dim), keys and values (kv_heads, end, head_dim)."""
+    rows, end = q.shape[0], keys.shape[1]
+    whole = rows == end
+    out = functional.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], keys[None], values[None], attn_mask=None if whole else causal_lower_right(rows, end),
+        is_causal=whole, scale=scale, enable_gqa=q.shape[1] != keys.shape[0],
+    )  # fmt: skip
+    return out[0].transpose(0, 1)
 
 
 def _lanes(used: int) -> int:

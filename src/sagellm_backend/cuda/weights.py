@@ -11,11 +11,12 @@ from sagellm_backend.cuda.formats import plain, unpack
 from sagellm_backend.cuda.matrix import GROUP, Matrix, concatenate, expand, to_fp8, to_q4, to_q8
 from sagellm_backend.cuda.settings import CudaSettings
 from sagellm_backend.cuda.stream import Uploader
+from sagellm_backend.encoder import EncoderSpec
 from sagellm_backend.spec import DecoderSpec
 from sagellm_backend.tensors import Format, Tensor, Weights
 from sagellm_protocol.errors import UnsupportedError
 
-__all__ = ["DTYPES", "Projection", "WeightSet", "compute_dtype", "load_weights"]
+__all__ = ["DTYPES", "Loader", "Projection", "WeightSet", "compute_dtype", "load_weights"]
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -67,19 +68,18 @@ class WeightSet:
         return sum(m.nbytes for m in matrices) + sum(int(v.numel() * v.element_size()) for v in vectors)
 
 
-def compute_dtype(spec: DecoderSpec, weights: Weights, settings: CudaSettings, quant: str) -> torch.dtype:
+def compute_dtype(spec: DecoderSpec | EncoderSpec, weights: Weights, settings: CudaSettings, quant: str) -> torch.dtype:
     """Return the dtype of activations.
 
-    Half precision overflows at 65504, which families with a norm on each branch's output are known to pass.
+    Half precision overflows at 65504, which decoders with a norm on each branch's output are known to pass.
     """
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
     fmt = weights["0.q"].format if spec.n_layers else Format.F32
     if quant == "f32" or (quant == "auto" and fmt is Format.F32 and not settings.fp8):
         return torch.float32
-    if quant == "auto" and fmt is Format.F16 and spec.norm_placement != "both":
-        return torch.float16
-    return torch.bfloat16
+    bounded = isinstance(spec, EncoderSpec) or spec.norm_placement != "both"
+    return torch.float16 if quant == "auto" and fmt is Format.F16 and bounded else torch.bfloat16
 
 
 def load_weights(spec: DecoderSpec, weights: Weights, settings: CudaSettings, quant: str) -> WeightSet:
@@ -88,7 +88,7 @@ def load_weights(spec: DecoderSpec, weights: Weights, settings: CudaSettings, qu
     Raises:
         UnsupportedError: a matrix cannot be brought to `quant`.
     """
-    loader = _Loader(spec, weights, settings, quant)
+    loader = Loader(spec, weights, settings, quant)
     projections: dict[str, Projection] = {}
     vectors: dict[str, torch.Tensor] = {}
     for layer in range(spec.n_layers):
@@ -96,7 +96,7 @@ def load_weights(spec: DecoderSpec, weights: Weights, settings: CudaSettings, qu
         moe = spec.experts is not None and layer in spec.expert_layers
         names += ["router", "experts.gate_up", "experts.down"] if moe else ["gate_up", "down"]
         for name in names:
-            projections[f"{layer}.{name}"] = loader.projection(layer, name)
+            projections[f"{layer}.{name}"] = loader.projection(f"{layer}.{name}")
     for slot, shape in spec.slots().items():
         if len(shape) == 1 and not slot.endswith("bias"):
             vectors[slot] = loader.vector(slot)
@@ -105,20 +105,34 @@ def load_weights(spec: DecoderSpec, weights: Weights, settings: CudaSettings, qu
     return WeightSet(loader.dtype, vectors, projections, embed, embed if head is None else head)
 
 
-class _Loader:
-    def __init__(self, spec: DecoderSpec, weights: Weights, settings: CudaSettings, quant: str) -> None:
+class Loader:
+    """Brings single weights to the device, in the precision that the settings and `quant` ask for.
+
+    Args:
+        spec: the model.
+        weights: its weights.
+        settings: how to run.
+        quant: of `LoadOptions`.
+
+    Attributes:
+        dtype: of activations.
+    """
+
+    def __init__(self, spec: DecoderSpec | EncoderSpec, weights: Weights, settings: CudaSettings, quant: str) -> None:
         self.dtype = compute_dtype(spec, weights, settings, quant)
         self._spec, self._weights, self._quant = spec, weights, quant
         self._fp8 = settings.fp8
         self._uploader = Uploader(settings.device)
 
     def vector(self, slot: str) -> torch.Tensor:
-        """A norm's weights in float32."""
+        """A norm's weights, or whatever else is small, in float32."""
         tensor = self._weights[slot]
         return _numbers(tensor, self._upload(tensor)).float().contiguous()
 
-    def projection(self, layer: int, name: str) -> Projection:
-        slots = [f"{layer}.{part}" for part in _FUSED.get(name, (name,))]
+    def projection(self, name: str) -> Projection:
+        """The matrix ``L.name``, or what is fused under that name, with its bias if it has one."""
+        layer, dot, part = name.partition(".")
+        slots = [f"{layer}.{each}" for each in _FUSED.get(part, (part,))] if dot else [name]
         matrices = [self.matrix(slot) for slot in slots]
         joined = concatenate(matrices)
         biases = [self.vector(f"{slot}_bias") for slot in slots if f"{slot}_bias" in self._spec.slots()]
@@ -129,6 +143,7 @@ class _Loader:
         )
 
     def matrix(self, slot: str) -> Matrix:
+        """A matrix that stands alone."""
         tensor = self._weights[slot]
         data = self._upload(tensor)
         if slot.endswith(".router"):  # tiny, and its errors send rows to other experts

@@ -15,7 +15,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from sagellm_backend.base import BLOCK_SIZE
-from sagellm_backend.cuda.kernels import draw
+from sagellm_backend.cuda.kernels import draw, vector
+from sagellm_backend.cuda.kernels.row_attention import RowAttention
 from sagellm_backend.cuda.matrix import Matrix, to_fp8, to_q4, to_q8
 from sagellm_backend.cuda.ops import AttentionShape, Rotation
 from sagellm_backend.cuda.plan import DeviceStep
@@ -46,14 +47,17 @@ def compile_only(self: JITFunction, *args: object, grid: object, warmup: object,
     signature, constants, attributes = {}, {}, {}
     for index, p in enumerate(self.params):
         value = values[p.name]
-        is_one = not isinstance(value, torch.Tensor) and value == 1  # which Triton makes a constant of itself
+        # Triton makes a constant of 1 itself, and notes what 16 divides, unless the kernel asks it not to.
+        special = not p.do_not_specialize
+        is_one = special and not isinstance(value, torch.Tensor) and value == 1
         if p.is_constexpr or value is None or is_one:
             signature[p.name], constants[p.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[p.name] = TYPES[value.dtype]
         else:
             signature[p.name] = "i32" if isinstance(value, int) else "fp32"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and not p.is_constexpr):
+        divides = isinstance(value, int) and value % 16 == 0 and special and not p.is_constexpr
+        if isinstance(value, torch.Tensor) or divides:
             attributes[(index,)] = [
                 ["tt.divisibility", 16]
             ]  # as a launch would find: it lets loads be wide and pipelined
@@ -94,6 +98,9 @@ def small(dtype: torch.dtype) -> None:
     ops.residual_norm(x, branch, None, weight, 1e-5, 1.0)
     ops.residual_norm(x, branch, weight, None, 1e-5, 0.5)
     ops.norm(branch, weight, 1e-5)
+    tokens = torch.zeros(3, dtype=torch.int32)
+    ops.follow(tokens, tokens)
+    ops.angles(tokens, torch.ones(64, dtype=torch.float64), 1.0)
     for kind in ("silu", "gelu_tanh", "gelu"):
         ops.activate(branch, kind)  # type: ignore[arg-type]
     cache = torch.zeros(8, 2, 4, BLOCK_SIZE, 128, dtype=dtype)
@@ -134,6 +141,24 @@ def attend(dtype: torch.dtype) -> None:
             TritonOps(dtype, group, invariant=True).attend(q, step(3, 2), cache, shape)
 
 
+def single(dtype: torch.dtype) -> None:
+    """What decode steps of one sequence launch, in the shapes of a small and of a large model."""
+    for d, heads, kv, d_ff, early in ((1024, 16, 8, 3072, False), (4096, 32, 8, 14336, CHIP >= 90)):
+        x, gain, bias = torch.zeros(1, d), torch.zeros(d), torch.zeros(d, dtype=dtype)
+        vector.product(x, torch.empty((heads + 2 * kv) * 128, d, dtype=dtype), dtype, gain=gain, eps=1e-5, early=early)
+        attention = RowAttention(1, heads, kv, 128, x.device, early=early)
+        cache, norms = torch.zeros(8, 2, kv, BLOCK_SIZE, 128, dtype=dtype), (gain[:128], gain[:128])
+        rotation = Rotation(torch.zeros(1, 64), torch.zeros(1, 64), interleaved=early)
+        qkv = torch.zeros(1, (heads + 2 * kv) * 128, dtype=dtype)
+        inner, attended = torch.zeros(1, d_ff, dtype=dtype), torch.zeros(1, heads * 128, dtype=dtype)
+        attention.attend(qkv, step(1, 1), rotation, cache, norms, 1e-5, scale=0.1, window=0, cap=0.0)
+        attention.attend(qkv, step(1, 1), rotation, cache, None, 1e-5, scale=0.1, window=100, cap=30.0)
+        vector.add_product(x, attended, torch.empty(d, heads * 128, dtype=dtype), 1.0, bias=bias, early=early)
+        vector.gated_product(x, torch.empty(2 * d_ff, d, dtype=dtype), gain, "silu", dtype, eps=1e-5, early=early)
+        vector.add_product(x, inner, torch.empty(d, d_ff, dtype=dtype), 1.0, early=early)
+        vector.product(x, torch.empty(32000, d, dtype=dtype), torch.float32, gain=gain, eps=1e-5, early=early)
+
+
 def draws() -> None:
     """Plain draws and masks."""
     z, ints = torch.randn(2, 3000), torch.zeros(2, dtype=torch.int64)
@@ -149,6 +174,7 @@ def main() -> None:
     jobs = {"draws": draws}
     for name, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16), ("f32", torch.float32)):
         jobs |= {f"small-{name}": lambda d=dtype: small(d), f"attend-{name}": lambda d=dtype: attend(d)}
+        jobs |= {f"single-{name}": lambda d=dtype: single(d)}
         kinds = ("dense", "q8", "q4", "fp8") if CHIP >= 89 else ("dense", "q8", "q4")
         jobs |= {f"{kind}-{name}": lambda d=dtype, k=kind: products(d, k) for kind in kinds}
     for name in CHOSEN or jobs:

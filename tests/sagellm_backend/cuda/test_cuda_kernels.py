@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed: make test-cuda")
 pytest.importorskip("triton", reason="triton is not installed: make test-cuda")
 
+from cuda_numbers import close, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,15 +34,6 @@ TRITON = TritonOps(torch.float32, 2)
 FIXED = TritonOps(torch.float32, 2, invariant=True)
 few = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 2**31 - 1)
-
-
-def normal(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-5) -> None:
-    error = (got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)
-    assert error < tolerance, f"relative error {error:.2e}"
 
 
 MAKERS = {"dense": lambda v: Matrix("dense", v), "q8": to_q8, "q4": to_q4, "fp8": to_fp8}
@@ -167,7 +159,7 @@ def plan_like(step: DeviceStep, ops: TorchOps) -> DeviceStep:
         logit_rows=step.logit_rows.numpy(),
         sampling=[],
     )
-    return upload(plan_step(batch, ops.short_rows, ops.long_rows), "cpu")
+    return upload(plan_step(batch, ops.short_rows, ops.long_rows, ops.prompt_rows), "cpu")
 
 
 @few
@@ -191,6 +183,41 @@ def test_rotation_and_store(seed: int, interleaved: bool, norms: bool, dims: tup
     close(caches[0], caches[1])
     changed = (caches[0] != before[:, 1]).flatten(1).any(dim=1)
     assert set(torch.nonzero(changed).flatten().tolist()) == set((step.slots // BLOCK_SIZE).tolist())
+
+
+@pytest.mark.parametrize("start", [0, 100])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
+def test_prompts_by_gathered_keys(heads: tuple[int, int], start: int) -> None:
+    """A long prompt and the second part of one, beside a decoding sequence and a short prompt, equal torch's softmax."""
+    n_heads, kv_heads = heads
+    shape = AttentionShape(n_heads, kv_heads, 32, 1 / math.sqrt(32), 0, 0.0)
+    ops = TritonOps(torch.float32, n_heads // kv_heads, gather_prompts=True)
+    lengths, starts = [1, 300, 9], [40, start, 20]
+    plain, _ = paged(3, lengths, starts, n_blocks=64)
+    cache, q = normal(4, 64, 2, kv_heads, BLOCK_SIZE, 32), normal(5, sum(lengths), n_heads, 32)
+    mine = plan_like(plain, ops)
+    assert [prompt.sequence for prompt in mine.prompts] == [1]
+    with torch.inference_mode():
+        close(ops.attend(q, mine, cache, shape), TORCH.attend(q, plain, cache, shape))
+
+
+def test_tokens_that_only_the_device_knows() -> None:
+    """Negative tokens become what was drawn before, or 0 where nothing could be."""
+    tokens, last = torch.tensor([7, -1, -3, -2, 0], dtype=torch.int32), torch.tensor([5, 6, -1], dtype=torch.int32)
+    for ops in (TORCH, TRITON):
+        assert ops.follow(tokens, last).tolist() == [7, 5, 0, 6, 0]
+
+
+def test_angles() -> None:
+    """Cosines and sines of far positions are those of float64."""
+    positions, frequencies = (
+        torch.tensor([0, 1, 77, 131071], dtype=torch.int32),
+        1e4 ** -torch.linspace(0, 1, 24).double(),
+    )
+    for got, want in zip(
+        TRITON.angles(positions, frequencies, 1.2), TORCH.angles(positions, frequencies, 1.2), strict=True
+    ):
+        close(got, want, 1e-7)
 
 
 @few

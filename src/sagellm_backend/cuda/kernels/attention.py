@@ -16,7 +16,11 @@ import triton.language as tl
 from sagellm_backend.base import BLOCK_SIZE
 from sagellm_backend.cuda.kernels.activation import tanh
 
-__all__ = ["TileShape", "attend"]
+__all__ = ["LEAST_SHARE", "TileShape", "attend", "divide_keys"]
+
+LEAST_SHARE = 128
+"""Keys below which another program costs more than it saves."""
+_JOINED_AT_ONCE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class TileShape:
         splits: programs that share the keys of a tile.
         span: keys of each of them, fixed from position 0 on; 0 divides what there is evenly.
         warps: of a program.
+        stages: tiles of keys on their way at once.
     """
 
     rows: int
@@ -38,20 +43,43 @@ class TileShape:
     splits: int
     span: int
     warps: int
+    stages: int = 2
 
 
 @triton.jit
+def divide_keys(
+    end, first_position, window, splits, span,
+    KEYS: tl.constexpr, LEAST: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SPAN: tl.constexpr,
+):  # fmt: skip
+    """The first key that a tile looks at, the keys of each split, and how many splits have any."""
+    low = 0
+    if HAS_WINDOW:
+        low = tl.maximum(first_position - window + 1, 0) // KEYS * KEYS
+    if HAS_SPAN:
+        active = tl.cdiv(end, span)
+        share = span
+    else:
+        share = tl.maximum(tl.cdiv(tl.cdiv(end - low, splits), KEYS) * KEYS, LEAST)
+        active = tl.maximum(tl.cdiv(end - low, share), 1)
+    return low, share, active
+
+
+@triton.jit(do_not_specialize=["window", "table_width", "splits", "span"])
 def _attend(
     q, cache, tables, tiles, starts, firsts, lengths, out, peaks, sums, parts,
     scale, cap, window, table_width, block_stride, value_stride, splits, span,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SPAN: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, KEYS: tl.constexpr, LEAST: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SPAN: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = tl.load(tiles + 2 * tile).to(tl.int64)
     row0 = tl.load(tiles + 2 * tile + 1)
     start, n_rows, first = tl.load(starts + sequence), tl.load(lengths + sequence), tl.load(firsts + sequence)
+    end = start + tl.minimum(row0 + ROWS, n_rows)
+    low, share, active = divide_keys(end, start + row0, window, splits, span, KEYS, LEAST, HAS_WINDOW, HAS_SPAN)
+    if SPLIT and split >= active:
+        return
     lane = tl.arange(0, LANES)
     row = row0 + lane // GROUP
     lane_live = (row < n_rows) & (lane < ROWS * GROUP)
@@ -62,15 +90,10 @@ def _attend(
     at = ((first + row).to(tl.int64) * HEADS + head) * HEAD_DIM
     queries = tl.load(q + at[:, None] + dims[None, :], lane_live[:, None] & dim_live[None, :], 0.0)
 
-    end = start + tl.minimum(row0 + ROWS, n_rows)
-    low = 0
-    if HAS_WINDOW:
-        low = tl.maximum(start + row0 - window + 1, 0) // KEYS * KEYS
     if HAS_SPAN:
         from_key = tl.maximum(split * span, low)
         to_key = tl.minimum(split * span + span, end)
     else:
-        share = tl.cdiv(tl.cdiv(end - low, splits), KEYS) * KEYS
         from_key = low + split * share
         to_key = tl.minimum(from_key + share, end)
 
@@ -115,31 +138,40 @@ def _attend(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "splits", "span"])
 def _join(
-    tiles, firsts, lengths, out, peaks, sums, parts, splits,
+    tiles, starts, firsts, lengths, out, peaks, sums, parts, window, splits, span,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, KEYS: tl.constexpr, LEAST: tl.constexpr, AT_ONCE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SPAN: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head, member = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = tl.load(tiles + 2 * tile)
     row0 = tl.load(tiles + 2 * tile + 1)
-    n_rows, first = tl.load(lengths + sequence), tl.load(firsts + sequence)
+    start, n_rows, first = tl.load(starts + sequence), tl.load(lengths + sequence), tl.load(firsts + sequence)
     dims = tl.arange(0, BLOCK_D)
     dim_live = dims < HEAD_DIM
-    for row in range(row0, tl.minimum(row0 + ROWS, n_rows)):
+    last_row = tl.minimum(row0 + ROWS, n_rows)
+    _, _, active = divide_keys(
+        start + last_row, start + row0, window, splits, span, KEYS, LEAST, HAS_WINDOW, HAS_SPAN
+    )  # fmt: skip
+    for row in range(row0, last_row):
         lane = (row - row0) * GROUP + member
         part = (tile.to(tl.int64) * tl.num_programs(1) + kv_head) * splits * LANES + lane
-        peak, total = tl.load(peaks + part), tl.load(sums + part)
-        acc = tl.load(parts + part * HEAD_DIM + dims, dim_live, 0.0)
-        for split in range(1, splits):
-            other = part + split * LANES
-            other_peak = tl.load(peaks + other)
-            higher = tl.maximum(peak, other_peak)
+        peak, total = float("-inf"), 0.0
+        acc = tl.zeros((BLOCK_D,), tl.float32)
+        for split0 in range(0, active, AT_ONCE):
+            split = split0 + tl.arange(0, AT_ONCE)
+            there = split < active
+            at = part + split * LANES
+            peaks_there = tl.load(peaks + at, there, float("-inf"))
+            higher = tl.maximum(peak, tl.max(peaks_there, 0))
             base = tl.where(higher == float("-inf"), 0.0, higher)
-            fade, grow = tl.exp2(peak - base), tl.exp2(other_peak - base)
-            total = total * fade + tl.load(sums + other) * grow
-            acc = acc * fade + tl.load(parts + other * HEAD_DIM + dims, dim_live, 0.0) * grow
+            fade, grow = tl.exp2(peak - base), tl.exp2(peaks_there - base)
+            total = total * fade + tl.sum(tl.load(sums + at, there, 0.0) * grow, 0)
+            live = there[:, None] & dim_live[None, :]
+            found = tl.load(parts + at[:, None] * HEAD_DIM + dims[None, :], live, 0.0)
+            acc = acc * fade + tl.sum(found * grow[:, None], 0)
             peak = higher
         at = ((first + row).to(tl.int64) * HEADS + kv_head * GROUP + member) * HEAD_DIM
         result = acc / tl.where(total > 0.0, total, 1.0)
@@ -179,6 +211,7 @@ def attend(
     shape = {
         "HEADS": heads, "GROUP": heads // kv_heads, "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "ROWS": tile.rows, "LANES": tile.lanes,
+        "KEYS": tile.keys, "LEAST": LEAST_SHARE, "HAS_WINDOW": window > 0, "HAS_SPAN": tile.span > 0,
     }  # fmt: skip
     split = tile.splits > 1
     n_parts = n_tiles * kv_heads * tile.splits * tile.lanes if split else 0
@@ -188,10 +221,10 @@ def attend(
     _attend[(n_tiles, kv_heads, tile.splits)](
         q, cache, tables, tiles, starts, firsts, lengths, out, peaks, sums, parts,
         scale, cap, window, tables.shape[1], cache.stride(0), cache.stride(1), tile.splits, tile.span,
-        PAGE=BLOCK_SIZE, KEYS=tile.keys, SPLIT=split, HAS_CAP=cap > 0,
-        HAS_WINDOW=window > 0, HAS_SPAN=tile.span > 0, **shape, num_warps=tile.warps, num_stages=2,
+        PAGE=BLOCK_SIZE, SPLIT=split, HAS_CAP=cap > 0, **shape, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if split:
         _join[(n_tiles, kv_heads, heads // kv_heads)](
-            tiles, firsts, lengths, out, peaks, sums, parts, tile.splits, **shape, num_warps=1
-        )
+            tiles, starts, firsts, lengths, out, peaks, sums, parts, window, tile.splits, tile.span,
+            AT_ONCE=_JOINED_AT_ONCE, **shape, num_warps=4,
+        )  # fmt: skip

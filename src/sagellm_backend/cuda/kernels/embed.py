@@ -1,4 +1,4 @@
-"""Rows of the embedding matrix, whatever it is packed in."""
+"""Tokens that are known only on the device, and rows of the embedding matrix, whatever it is packed in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 from sagellm_backend.cuda.matrix import Matrix
 
-__all__ = ["KINDS", "embed"]
+__all__ = ["KINDS", "embed", "follow"]
 
 KINDS = {"dense": 0, "q8": 1, "q4": 2, "fp8": 3}
 """Kinds of `Matrix` as kernels know them."""
@@ -47,4 +47,20 @@ def embed(table: Matrix, tokens: torch.Tensor, factor: float) -> torch.Tensor:
         table.data, table.scale, table.minimum, tokens, out, cols, factor,
         KIND=KINDS[table.kind], HAS_MIN=table.minimum is not None, GROUP=table.group, BLOCK=block,
     )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["n"])
+def _follow(tokens, last, out, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = at < n
+    token = tl.load(tokens + at, live, 0)
+    drawn = tl.load(last + tl.maximum(-1 - token, 0), live & (token < 0), 0)
+    tl.store(out + at, tl.where(token < 0, tl.maximum(drawn, 0), token), live)
+
+
+def follow(tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """See `TorchOps.follow`."""
+    out = torch.empty_like(tokens)
+    _follow[(triton.cdiv(tokens.numel(), 256),)](tokens, last, out, tokens.numel(), BLOCK=256)
     return out

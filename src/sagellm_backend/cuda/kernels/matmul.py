@@ -26,7 +26,7 @@ def _scaled(quants, scales, minima, group, live, HAS_MIN: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_products"])
 def _matmul(
     x, w, scales, minima, bias, out, order, tile_matrix, source, n_products, n_outputs, n_inputs,
     KIND: tl.constexpr, HAS_MIN: tl.constexpr, HAS_BIAS: tl.constexpr, GROUPED: tl.constexpr, GROUP: tl.constexpr,

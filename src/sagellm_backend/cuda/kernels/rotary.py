@@ -1,4 +1,4 @@
-"""Norm and rotation of q and k, and the way of k and v into the paged cache, in one launch."""
+"""Angles of a step; norm and rotation of q and k, and the way of k and v into the paged cache, in one launch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,29 @@ import triton.language as tl
 
 from sagellm_backend.base import BLOCK_SIZE
 
-__all__ = ["rotate_and_store"]
+__all__ = ["angles", "partners", "rotate_and_store"]
+
+
+@triton.jit
+def _angles(positions, frequencies, cos, sin, magnitude, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.arange(0, BLOCK)
+    live = pair < HALF
+    angle = tl.load(positions + row).to(tl.float64) * tl.load(frequencies + pair, live, 0.0)
+    tl.store(cos + row * HALF + pair, tl.cos(angle).to(tl.float32) * magnitude, live)
+    tl.store(sin + row * HALF + pair, tl.sin(angle).to(tl.float32) * magnitude, live)
+
+
+@triton.jit
+def partners(dims, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Of each dimension: its rotated plane, whether it is the first of the two there, and the other one."""
+    if INTERLEAVED:
+        pair, is_first = dims // 2, dims % 2 == 0
+        partner = tl.where(is_first, dims + 1, dims - 1)
+    else:
+        pair, is_first = dims % HALF, dims < HALF
+        partner = tl.where(is_first, dims + HALF, dims - HALF)
+    return pair, is_first, partner
 
 
 @triton.jit
@@ -31,12 +53,7 @@ def _rotate_and_store(
     value = tl.load(source + dims, live, 0.0).to(tl.float32)
     if head < HEADS + KV_HEADS:
         # Each dimension needs its partner in the rotated plane: the same head is loaded once more, permuted.
-        if INTERLEAVED:
-            pair, is_first = dims // 2, dims % 2 == 0
-            partner = tl.where(is_first, dims + 1, dims - 1)
-        else:
-            pair, is_first = dims % HALF, dims < HALF
-            partner = tl.where(is_first, dims + HALF, dims - HALF)
+        pair, is_first, partner = partners(dims, HALF, INTERLEAVED)
         turned = dims < 2 * HALF
         other = tl.load(source + partner, turned, 0.0).to(tl.float32)
         if HAS_NORM:
@@ -56,6 +73,16 @@ def _rotate_and_store(
         if head >= HEADS + KV_HEADS:
             place += value_stride
         tl.store(cache + place + dims, value.to(cache.dtype.element_ty), live)
+
+
+def angles(positions: torch.Tensor, frequencies: torch.Tensor, magnitude: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `TorchOps.angles`."""
+    rows, half = positions.numel(), frequencies.numel()
+    cos, sin = (torch.empty((rows, half), dtype=torch.float32, device=positions.device) for _ in range(2))
+    _angles[(rows,)](
+        positions, frequencies, cos, sin, magnitude, HALF=half, BLOCK=triton.next_power_of_2(half), num_warps=1
+    )
+    return cos, sin
 
 
 def rotate_and_store(
