@@ -10,29 +10,35 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from shapes import QWEN3_06B
+from bench import Bench, Row
 
-Row = dict[str, object]
+from sagellm_backend.spec import DecoderSpec
 
 _FIRST_TOKEN = """
-import sys
+import sys, time
+began = time.perf_counter()
 from sagellm_core.build import build_engine
 from sagellm_core.config import EngineConfig, Limits
 from sagellm_core.testing import collect
 from sagellm_protocol.engine import EngineRequest
 from sagellm_protocol.sampling import SamplingParams
-engine = build_engine(EngineConfig(model=sys.argv[1], backend="cuda", limits=Limits(n_ctx=2048, parallel=16)))
+import torch
+imported = time.perf_counter()
+engine = build_engine(EngineConfig(model=sys.argv[1], backend="cuda", limits=Limits(n_ctx=512, parallel=16)))
+built = time.perf_counter()
 request = EngineRequest(request_id="a", prompt_token_ids=tuple(range(64)), sampling=SamplingParams(temperature=0.0, seed=0, max_tokens=1))
 print(collect(engine, [request])["a"].token_ids, flush=True)
+done = time.perf_counter()
+print(f"stages: imports {imported - began:.1f} s, load and largest step {built - imported:.1f} s, first token {done - built:.1f} s")
 """
 
 
-def write_qwen3(folder: Path) -> None:
-    """A model directory of Qwen3-0.6B's shape in bf16, with random weights."""
-    spec = QWEN3_06B
+def write_qwen3(folder: Path, spec: DecoderSpec) -> None:
+    """A model directory of the qwen3 family in bf16, with random weights."""
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -82,48 +88,63 @@ def write_qwen3(folder: Path) -> None:
             file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
 
 
-def start_rows() -> list[Row]:
+def start(bench: Bench) -> Iterator[Row]:
     """Process start to the first token of a 0.6B model whose file is in the page cache; the second start has compiled kernels."""
-    out: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
-        write_qwen3(Path(name))
+        write_qwen3(Path(name), bench.sizes.small)
         for label in ("first", "second"):
-            begin = time.perf_counter()
+            began = time.perf_counter()
             done = subprocess.run(
-                [sys.executable, "-c", _FIRST_TOKEN, name], capture_output=True, text=True, timeout=200, check=False
+                [sys.executable, "-X", "importtime", "-c", _FIRST_TOKEN, name],
+                capture_output=True,
+                text=True,
+                check=False,
             )
-            seconds = time.perf_counter() - begin
-            ok = done.returncode == 0
+            seconds = time.perf_counter() - began
+            said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
             row: Row = {
                 "work": f"process start to first token, 0.6B, {label} start",
-                "value": f"{seconds:.1f} s",
-                "ok": ok,
+                "value": f"{seconds:.1f} s; {_stages(done.stdout)}; {_imports(done.stderr)}",
+                "ok": done.returncode == 0,
             }
-            if ok and label == "second":
+            if done.returncode:
+                row["value"] = (said[-1] if said else f"exit {done.returncode}")[:300]
+                print("\n".join(said[-40:]), file=sys.stderr)
+            elif label == "second":
                 row |= {"ok": seconds <= 10.0, "goal": "10 s"}
-            if not ok:
-                row["value"] = (
-                    done.stderr.strip().splitlines()[-1][:300] if done.stderr.strip() else f"exit {done.returncode}"
-                )
-            out.append(row)
-    return out
+            yield row
 
 
-def serve_rows(models: list[Path]) -> list[Row]:
+def _stages(text: str) -> str:
+    """What the process said about its own times."""
+    return next((line.removeprefix("stages: ") for line in text.splitlines() if line.startswith("stages: ")), "")
+
+
+def _imports(text: str) -> str:
+    """Seconds that the import of torch and of triton took, by ``-X importtime``."""
+    found = []
+    for line in text.splitlines():
+        fields = line.removeprefix("import time:").split("|")
+        if len(fields) == 3 and fields[2].strip() in ("torch", "triton"):
+            found.append(f"import {fields[2].strip()} {int(fields[1]) / 1e6:.1f} s")
+    return ", ".join(found)
+
+
+def serve(bench: Bench) -> Iterator[Row]:
     """Serve a real model and ask it with the official client, plain and streamed."""
-    if not models:
-        return [
-            {"work": "sage-llm serve --backend cuda", "value": "no model file was given (--model PATH)", "ok": False}
-        ]
-    model = models[0]
-    with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
-        argv = [sys.executable, "-m", "sagellm", "serve", str(model), "--backend", "cuda", "--port", "8889"]
-        process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            return [_ask(model, process, Path(log.name))]
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(20)
+    decoders = [path for path in bench.models if path.suffix == ".gguf"]
+    if not decoders:
+        yield {"work": "sage-llm serve --backend cuda", "value": "no model file was given (--model PATH)"}
+    for model in decoders[:1]:
+        with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
+            argv = [sys.executable, "-m", "sagellm", "serve", str(model), "--backend", "cuda", "--port", "8889"]
+            process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            try:
+                yield _ask(model, process, Path(log.name))
+            finally:
+                print(Path(log.name).read_text(encoding="utf-8", errors="replace")[-4000:], file=sys.stderr)
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait(20)
 
 
 def _ask(model: Path, process: subprocess.Popen[bytes], log: Path) -> Row:

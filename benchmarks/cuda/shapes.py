@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from math import prod
 
+import msgspec
 import torch
 
 from sagellm_backend.base import LoadOptions
+from sagellm_backend.cuda.device import on_device
 from sagellm_backend.cuda.matrix import Matrix
 from sagellm_backend.cuda.runner import CudaRunner
 from sagellm_backend.cuda.settings import CudaSettings
@@ -44,7 +47,49 @@ QWEN3_06B = DecoderSpec(
     qk_norm="head",
     tied_head=True,
 )
-SHAPES = {"Llama-3.1-8B": LLAMA_8B, "Qwen3-0.6B": QWEN3_06B}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is that is measured.
+
+    Attributes:
+        large, small: the two models.
+        copied, gemm: bytes and edge of what the limits are measured with.
+        batch, context: of the large decode step.
+        prompt: rows of the long prompt.
+        steps: decode steps of a measurement.
+        requests, words: how many requests the mix has, and shortest and longest prompt and answer in tokens.
+        edge: inputs of the operations that are checked.
+    """
+
+    large: DecoderSpec = LLAMA_8B
+    small: DecoderSpec = QWEN3_06B
+    copied: int = 1 << 30
+    gemm: int = 8192
+    batch: int = 256
+    context: int = 1024
+    prompt: int = 8192
+    steps: int = 64
+    requests: int = 256
+    words: tuple[int, int] = (100, 1024)
+    edge: int = 4096
+
+
+def _tiny(spec: DecoderSpec) -> DecoderSpec:
+    rope = msgspec.structs.replace(spec.rope, dim=32)
+    return msgspec.structs.replace(
+        spec, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=96, vocab_size=500, rope=rope,
+        context_length=1024,
+    )  # fmt: skip
+
+
+REAL = Sizes()
+TINY = Sizes(
+    large=_tiny(LLAMA_8B), small=_tiny(QWEN3_06B), copied=1 << 16, gemm=64, batch=4, context=40, prompt=300, steps=8,
+    requests=6, words=(4, 16), edge=64,
+)  # fmt: skip
+"""For a rehearsal without a GPU: every line of the run, at a size that says nothing about speed."""
 
 
 def random_weight_set(spec: DecoderSpec, device: str) -> WeightSet:
@@ -77,7 +122,8 @@ def random_weight_set(spec: DecoderSpec, device: str) -> WeightSet:
 
 def random_runner(spec: DecoderSpec, options: LoadOptions, settings: CudaSettings) -> CudaRunner:
     """A runner with random weights."""
-    return CudaRunner(spec, random_weight_set(spec, settings.device), options, settings, "bf16")
+    with on_device(settings):
+        return CudaRunner(spec, random_weight_set(spec, settings.device), options, settings, "bf16")
 
 
 def read_bytes(spec: DecoderSpec, batch: int, context: int) -> int:
