@@ -20,35 +20,44 @@ _log = logging.getLogger(__name__)
 
 
 class _Stream:
-    """One sequence of a connection, and whom its deltas go to."""
+    """One sequence of a connection, and whom its deltas go to. It lets go of its sink at the end: sinks hold their runs."""
 
     __slots__ = ("_connection", "_sink", "number")
 
     def __init__(self, connection: WireConnection, number: int, sink: DeltaSink) -> None:
         self._connection = connection
-        self._sink = sink
+        self._sink: DeltaSink | None = sink
         self.number = number
 
     def delta(self, delta: TokenDelta) -> None:
         """The engine sent a delta."""
+        sink = self._sink
+        if sink is None:
+            return
         if delta.finish_reason is not None:
-            self._connection.forget(self)
+            self._leave()
         try:
-            self._sink.delta(delta)
+            sink.delta(delta)
         except Exception:  # noqa: BLE001  the sink's bug is its own: the other streams of the connection go on
             _log.exception("stream %d: its reader failed", self.number)
             self.cancel()
-            self._sink.ended(InternalError("the reader of an engine's tokens failed unexpectedly"))
+            sink.ended(InternalError("the reader of an engine's tokens failed unexpectedly"))
 
     def fail(self, error: SageError) -> None:
         """The stream ends with `error`."""
-        self._connection.forget(self)
-        self._sink.ended(error)
+        sink = self._sink
+        self._leave()
+        if sink is not None:
+            sink.ended(error)
 
     def cancel(self) -> None:
         """Have no more of it: the engine aborts, unless it has finished."""
-        if self._connection.forget(self):
+        if self._leave():
             self._connection.send(wire.Abort(stream=self.number))
+
+    def _leave(self) -> bool:
+        self._sink = None
+        return self._connection.forget(self)
 
 
 class WireConnection(asyncio.Protocol):

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import gc
+import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -369,6 +371,28 @@ async def test_push_is_told_of_failures(tmp_path):
         assert isinstance(await large.over, InvalidArgumentError)
         client.push(request(), broken)
         assert isinstance(await broken.over, EngineDiedError)
+
+
+async def test_a_finished_run_leaves_no_cycle(tmp_path):
+    """A sink that holds its run is gone when the run ends and is let go of, without the garbage collector."""
+
+    async def script(engine: Engine) -> None:
+        await engine.welcome()
+        stream = (await engine.receive()).stream
+        engine.send(tokens(stream, 1, finish="stop"))
+        await engine.receive()
+
+    async with engine_that(tmp_path, script) as client:
+        await client.connect()
+        sink = Sink()
+        sink.run, over, gone = client.push(request(), sink), sink.over, weakref.ref(sink)
+        gc.disable()
+        try:
+            await over
+            del sink
+            assert gone() is None
+        finally:
+            gc.enable()
 
 
 async def test_failing_sink_is_alone(tmp_path, caplog):
