@@ -64,10 +64,11 @@ class CtrlC:
             EOFError: Ctrl-D.
         """
         text = self._reader.prompt(sign, handle_sigint=False, pre_run=self._forget)
-        # Behind Enter it may still have come as a key; other keys stay for the next prompt.
+        # Behind Enter it may still have come as a key: it takes back what was typed ahead, as terminals do; later keys stay.
         keys = [*get_typeahead(self._reader.input), *self._reader.input.read_keys()]
-        store_typeahead(self._reader.input, [press for press in keys if press.key != Keys.ControlC])
-        self.pressed = self.pressed or any(press.key == Keys.ControlC for press in keys)
+        last = max((k for k, press in enumerate(keys) if press.key == Keys.ControlC), default=-1)
+        store_typeahead(self._reader.input, keys[last + 1 :])
+        self.pressed = self.pressed or last >= 0
         return text
 
     def _forget(self) -> None:

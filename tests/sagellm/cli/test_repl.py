@@ -142,6 +142,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
         terminal.wait_for(r"\(stopped\)")
         terminal.type("/show\r")
         terminal.wait_for("turns    2")
+        terminal.type(
+            "/set seed 1\rtyped ahead\r\x03/set seed 2\r"
+        )  # what was typed ahead is taken back, what comes later stays
+        terminal.wait_for("seed = 2")
+        terminal.type("/show\r")
+        terminal.wait_for("turns    2")
         terminal.type("/help\r")
         terminal.wait_for("/bye")
         assert leave(terminal) == 0
