@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = ("test_cpu_kernels.py", "test_cpu_runner.py")
+TESTS = ("test_cpu_kernels.py", "test_cpu_runner.py", "../../sagellm_core/text/test_mapped.py")
 NATIVE = Path(__file__).parents[3] / "src/sagellm_backend/cpu/native"
 
 SCRIPT = """
@@ -19,19 +19,25 @@ from dataclasses import replace
 
 import pytest
 
-import sagellm_backend
-spec = importlib.util.spec_from_file_location("sagellm_backend.cpu._native", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-sys.modules["sagellm_backend.cpu._native"] = module
-spec.loader.exec_module(module)
+def load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+import sagellm_backend, sagellm_core.text
+module = load("sagellm_backend.cpu._native", sys.argv[1])
 import sagellm_backend.cpu
 sagellm_backend.cpu._native = module
+bpe = sagellm_core.text._bpe = load("sagellm_core.text._bpe", sys.argv[2])
+import sagellm_core.text.mapped
+assert sagellm_core.text.mapped._bpe is bpe
 
 from sagellm_backend.base import LoadOptions
 from sagellm_backend.conformance import CHECKS, Kit, forward_matches_reference, long_context_matches_reference
 from sagellm_backend.cpu import CpuBackend
 
-assert pytest.main(["-q", "-x", "-p", "no:cacheprovider", *sys.argv[2:]]) == 0
+assert pytest.main(["-q", "-x", "-p", "no:cacheprovider", *sys.argv[3:]]) == 0
 for isa in module.supported_isas():
     os.environ["SAGELLM_CPU_ISA"] = isa
     options = LoadOptions(n_blocks=64, max_rows=256, max_logit_rows=64, threads=3)
@@ -58,7 +64,7 @@ def test_no_bad_access_and_no_undefined_behaviour(tmp_path: Path) -> None:
     options = ["-DSAGE_SANITIZE=ON", f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}"]
     subprocess.run([cmake, "-S", str(NATIVE), "-B", str(build), *options], check=True, capture_output=True)
     subprocess.run([cmake, "--build", str(build), "--parallel", "2"], check=True, capture_output=True)
-    (module,) = out.glob("_native*.so")
+    (module,), (bpe,) = out.glob("_native*.so"), out.glob("_bpe*.so")
     runtime = [
         subprocess.check_output([compiler, f"-print-file-name={lib}.so"], text=True).strip()
         for lib in ("libasan", "libubsan")
@@ -72,7 +78,7 @@ def test_no_bad_access_and_no_undefined_behaviour(tmp_path: Path) -> None:
         "OPENBLAS_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(module), *(str(Path(__file__).with_name(name)) for name in TESTS)],
+        [sys.executable, "-c", SCRIPT, str(module), str(bpe), *(str(Path(__file__).with_name(name)) for name in TESTS)],
         check=False,
         env=env,
         capture_output=True,
