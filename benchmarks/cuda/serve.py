@@ -137,14 +137,15 @@ def serve(bench: Bench) -> Iterator[Row]:
         yield {"work": "sage-llm serve --backend cuda", "value": "no model file was given (--model PATH)"}
     for model in decoders[:1]:
         with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
-            argv = [sys.executable, "-m", "sagellm", "serve", str(model), "--backend", "cuda", "--port", "8889"]
+            argv = [sys.executable, "-m", "sagellm", "serve", str(model), "--backend", "cuda", "--port", "0"]
             process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
             try:
                 yield _ask(model, process, Path(log.name))
             finally:
                 print(Path(log.name).read_text(encoding="utf-8", errors="replace")[-4000:], file=sys.stderr)
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait(20)
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGTERM)
+                    process.wait(20)
 
 
 def _ask(model: Path, process: subprocess.Popen[bytes], log: Path) -> Row:

@@ -78,11 +78,11 @@ def _products(spec: DecoderSpec) -> list[vector.ProductKey]:
 def _one(bench: Bench, name: str, key: vector.ProductKey) -> Iterator[Row]:
     rows = key.outputs * (2 if key.gated else 1)
     # Several copies in turn: one alone would stay in the chip's cache.
-    copies = max(1, min(16, (256 << 20) // (rows * key.inputs * 2)))
+    copies = max(1, min(16, (256 << 20) // (rows * key.inputs * 2))) if bench.settings.on_gpu else 1
     weights = [torch.randn(rows, key.inputs, device=bench.device).to(bench.dtype) for _ in range(copies)]
     x, gain = torch.randn(1, key.inputs, device=bench.device), torch.ones(key.inputs, device=bench.device)
     found: dict[vector.VectorTiles, float] = {}
-    for tiles in CANDIDATES:
+    for tiles in CANDIDATES if bench.settings.on_gpu else CANDIDATES[:2]:
         vector.TILES[key] = tiles
         seconds = bench.seconds(lambda: [_run(x, w, gain, key) for w in weights], repeats=5, warm=2)
         found[tiles] = copies * rows * key.inputs * weights[0].element_size() / seconds
