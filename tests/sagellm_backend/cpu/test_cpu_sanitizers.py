@@ -78,7 +78,7 @@ def test_no_bad_access_and_no_undefined_behaviour(tmp_path: Path) -> None:
         "OPENBLAS_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(module), str(bpe), *(str(Path(__file__).with_name(name)) for name in TESTS)],
+        [sys.executable, "-c", SCRIPT, str(module), str(bpe), *(str(Path(__file__).parent / name) for name in TESTS)],
         check=False,
         env=env,
         capture_output=True,
