@@ -25,13 +25,13 @@ def load(name, path):
     spec.loader.exec_module(module)
     return module
 
-import sagellm_backend, sagellm_core.text
+bpe = load("sagellm_core.text._bpe", sys.argv[2])  # before anybody imports the installed one
+import sagellm_core.text.mapped
+assert sagellm_core.text.mapped._bpe is bpe
+import sagellm_backend
 module = load("sagellm_backend.cpu._native", sys.argv[1])
 import sagellm_backend.cpu
 sagellm_backend.cpu._native = module
-bpe = sagellm_core.text._bpe = load("sagellm_core.text._bpe", sys.argv[2])
-import sagellm_core.text.mapped
-assert sagellm_core.text.mapped._bpe is bpe
 
 from sagellm_backend.base import LoadOptions
 from sagellm_backend.conformance import CHECKS, Kit, forward_matches_reference, long_context_matches_reference
