@@ -90,7 +90,7 @@ def main() -> None:
     for peer in args.peers:
         peers_.install(peer)
     report = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "threads": args.threads, "parts": {}}
-    args.out.mkdir(exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     for key in args.parts:
         started = time.perf_counter()
 
