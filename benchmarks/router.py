@@ -5,7 +5,8 @@
 
 Measured on loopback, direct and through each router: time to the first token at fixed rates, streamed and whole answers a second
 over 32 connections, CPU time of a streamed request, and streams that lack tokens or their ``[DONE]`` while one engine cuts its streams and another
-is killed. The row ``floor`` is a proxy that only passes bytes on (`router_floor.py`). Routers run with their own default policy, ours with everything on: journal, recovery, admission, metrics. For the count of lost
+is killed. The row ``floor`` is a proxy that only passes bytes on (`router_floor.py`). Routers run with their own default policy, ours with everything on: journal,
+recovery, admission, metrics; in one process, and in two (``--workers 2``), because the others use both cores. For the count of lost
 streams the others go round robin: a policy that follows prefixes sends all of these requests to one engine, and which one is luck.
 """
 
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import uvloop
@@ -149,12 +151,34 @@ async def streams_lost(port: int, count: int, tokens: int, kill: subprocess.Pope
     return results.count(False)
 
 
-def cpu_seconds(process: subprocess.Popen) -> float:
-    """CPU time of a process so far: unlike wall time it does not depend on what else the machine does."""
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and its children so far: unlike wall time it does not depend on what else the machine does."""
     with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + sum(
+            map(cpu_seconds, map(int, children))
+        )
     return 0.0
+
+
+@contextlib.contextmanager
+def awake(wanted: bool) -> Iterator[None]:
+    """Keep each CPU from halting, by a process that only gets what nobody else wants (SCHED_IDLE).
+
+    In a virtual machine a CPU that has halted takes long to be itself again, and every router pays that several times for each request.
+    """
+    spinners = []
+    for cpu in sorted(os.sched_getaffinity(0)) if wanted else ():
+        spinners.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+        os.sched_setaffinity(spinners[-1].pid, {cpu})
+        os.sched_setscheduler(spinners[-1].pid, os.SCHED_IDLE, os.sched_param(0))
+    try:
+        yield
+    finally:
+        for spinner in spinners:
+            spinner.kill()
+            spinner.wait()
 
 
 class NotServing(Exception):
@@ -166,6 +190,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen] = []
+        self.scratch = tempfile.TemporaryDirectory()
 
     def engine(self, *extra: str) -> tuple[int, subprocess.Popen]:
         port = free_port()
@@ -186,6 +211,7 @@ class Cluster:
             ports=" ".join(map(str, engines)),
             python=sys.executable,
             here=HERE,
+            scratch=self.scratch.name,
         )
         log = tempfile.TemporaryFile()  # noqa: SIM115 - read when the router does not come up
         process = subprocess.Popen(shlex.split(command), stdout=log, stderr=subprocess.STDOUT)
@@ -209,9 +235,13 @@ class Cluster:
         for process in self.processes:
             process.kill()
             process.wait()
+        self.scratch.cleanup()
 
 
-OURS = "{python} {here}/router_ours.py {port} {ports}"
+OURS = {
+    "isagellm": "{python} {here}/router_ours.py {scratch} 1 {port} {ports}",
+    "isagellm, 2 workers": "{python} {here}/router_ours.py {scratch} 2 {port} {ports}",
+}
 FLOOR = "{python} {here}/router_floor.py {port} {ports}"
 _COMMON = "--host 127.0.0.1 --port {port} --prometheus-port {metrics} --worker-urls {engines}"
 #: Package and version, and how it is started; each gets a port of its own for its metrics, which is the same for all by default.
@@ -240,10 +270,10 @@ async def measure(port: int, router: subprocess.Popen | None, options: argparse.
     for rate in RATES:
         firsts = await at_rate(port, rate, options.seconds, options.tokens)
         row[f"p50_ms_{rate}"], row[f"p99_ms_{rate}"] = quantile(firsts, 0.5), quantile(firsts, 0.99)
-    before = cpu_seconds(router) if router is not None else 0.0
+    before = cpu_seconds(router.pid) if router is not None else 0.0
     row["rps"] = await flat_out(port, 32, options.seconds, options.tokens)
     if router is not None:
-        row["cpu_us"] = (cpu_seconds(router) - before) / max(row["rps"] * options.seconds, 1) * 1e6
+        row["cpu_us"] = (cpu_seconds(router.pid) - before) / max(row["rps"] * options.seconds, 1) * 1e6
     row["rps_whole"] = await flat_out(port, 32, options.seconds, options.tokens, stream=False)
     return row
 
@@ -316,24 +346,26 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="folder with an environment for each peer; made by --install")
     parser.add_argument("--install", action="store_true", help="make those environments, and end")
-    parser.add_argument("--only", help="names, with commas; ours is isagellm, floor the least proxy")
+    parser.add_argument("--only", help="beginnings of names, with commas; ours is isagellm, floor the least proxy")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--lost", action=argparse.BooleanOptionalAction, default=True, help="count lost streams too")
+    parser.add_argument("--awake", action="store_true", help="keep the CPUs from halting, by idle-priority processes")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.install:
         install(options.peers)
         return
-    templates = {"floor": FLOOR, "isagellm": OURS}
+    templates = {"floor": FLOOR, **OURS}
     if options.peers is not None:
         templates |= {
             name: f"{(options.peers / name / 'bin').absolute()}/{command}" for name, (_p, command) in PEERS.items()
         }
     if options.only:
-        templates = {name: templates[name] for name in options.only.split(",")}
-    rounds = await speed(templates, options)
+        templates = {name: t for name, t in templates.items() if name.startswith(tuple(options.only.split(",")))}
+    with awake(options.awake):
+        rounds = await speed(templates, options)
     report = {
         name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in rounds.items()
     }

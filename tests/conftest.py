@@ -99,13 +99,15 @@ class ServerProcess:
 
 @pytest.fixture(scope="session")
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServerProcess]]:
-    """Start ``sage-llm serve ARGS`` on a free port and wait until it prints its URL; all are stopped at the end."""
+    """Start ``sage-llm serve ARGS`` (or another `command` that serves) on a free port and wait until it prints its URL; all are stopped at the end."""
     started: list[ServerProcess] = []
     state = tmp_path_factory.mktemp("state")  # no keys, sessions or logs of the person who runs the tests
 
-    def start(*args: str, timeout: float = 110.0, env: dict[str, str] | None = None) -> ServerProcess:
+    def start(
+        *args: str, command: str = "serve", timeout: float = 110.0, env: dict[str, str] | None = None
+    ) -> ServerProcess:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sagellm.cli.main", "serve", "--port", "0", *args],
+            [sys.executable, "-m", "sagellm.cli.main", command, "--port", "0", *args],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -295,3 +295,24 @@ def test_engines_by_address_are_known_after_the_supervisor_was_killed(start_serv
     with httpx2.Client(base_url=second.base_url.removesuffix("/v1"), timeout=20) as client:
         wait_until(lambda: serves(client))
         assert client.delete("/v1/management/engines/elsewhere").status_code == 200
+
+
+def test_a_gateway_without_a_model_has_workers_too(start_server, tmp_path, by_worker):
+    """``sage-llm gateway --workers 2`` over a file of engines: each worker answers from them, and a killed one is replaced."""
+    elsewhere = start_server("--mock")
+    file = tmp_path / "engines.json"
+    row = {"engine_id": "elsewhere", "model_id": "theirs", "host": "127.0.0.1", "metadata": {"served_model": "mock"}}
+    row["port"] = httpx2.URL(elsewhere.base_url).port
+    file.write_text(json.dumps({"engines": [row]}))
+    flags = ("--workers", "2", "--engine-file", str(file))
+    server = start_server(*flags, command="gateway", env={"XDG_STATE_HOME": str(tmp_path)})
+    wait_until(lambda: any(line.startswith("stop") for line in server.output))
+    workers = pids(server.output, "workers")
+    clients = by_worker(server.base_url.removesuffix("/v1"), workers)
+    for client in clients.values():
+        wait_until(lambda client=client: serves(client))
+    os.kill(workers[0], signal.SIGKILL)
+    wait_until(lambda: any("starting another" in line for line in server.output))
+    assert serves(clients[workers[1]])
+    assert server.stop() == 0
+    assert not any(state(pid) for pid in workers)

@@ -5,27 +5,25 @@ Engines are started or registered over ``/v1/management``, listed in a file, or 
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
+from sagellm.cli import server_flags as shared
 from sagellm.cli.common import single
 
 
 def gateway(
-    host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 0 takes a free one [8889].")] = None,
-    policy: Annotated[str | None, typer.Option(help="Scheduling policy of the control plane [adaptive].")] = None,
-    state: Annotated[str | None, typer.Option(help="SQLite file for keys, sessions, stored responses.")] = None,
-    engine_file: Annotated[
-        str | None, typer.Option(help="JSON or TOML list of engines that others run; followed while it changes.")
-    ] = None,
-    discover: Annotated[
-        bool | None, typer.Option("--discover/--no-discover", help="Look for servers of other makers on local ports.")
-    ] = None,
-    require_key: Annotated[
-        bool | None, typer.Option("--require-key/--no-require-key", help="Demand an API key even if none was made.")
-    ] = None,
+    host: shared.Host = None,
+    port: shared.Port = None,
+    grace: shared.Grace = None,
+    workers: shared.Workers = None,
+    policy: shared.Policy = None,
+    routing: shared.Routing = None,
+    engine_file: shared.EngineFile = None,
+    discover: shared.Discover = None,
+    state: shared.State = None,
+    api_key_file: shared.ApiKeyFile = None,
+    require_key: shared.RequireKey = None,
+    allowed_hosts: shared.AllowedHosts = None,
+    cors: shared.Cors = None,
+    access_log: shared.AccessLog = None,
 ) -> None:
     """Serve the gateway and the control plane without a model."""
     given = dict(locals())

@@ -9,26 +9,20 @@ import typer
 
 from sagellm import settings
 from sagellm.cli import engine_flags as flags
+from sagellm.cli import server_flags as shared
 from sagellm.cli.common import single
 from sagellm_protocol.errors import InvalidArgumentError
 
-_NETWORK, _CONTROL, _ACCESS = "Network", "Control plane", "Access"
+_CONTROL = "Control plane"
 
 
 def serve(
     models: Annotated[
         list[str] | None, typer.Argument(help="Names or paths; NAME=PATH serves a path under a name [smollm2:135m].")
     ] = None,
-    host: Annotated[
-        str | None, typer.Option(help="Address to listen on [127.0.0.1].", rich_help_panel=_NETWORK)
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Port; 0 takes a free one [8889].", rich_help_panel=_NETWORK)
-    ] = None,
-    grace: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="Seconds for running requests after SIGTERM [30].", rich_help_panel=_NETWORK),
-    ] = None,
+    host: shared.Host = None,
+    port: shared.Port = None,
+    grace: shared.Grace = None,
     name: Annotated[str | None, typer.Option(help="Serve the (only) model under this name.")] = None,
     engines: Annotated[
         int | None, typer.Option(min=1, help="Engine processes for each model [1].", rich_help_panel=_CONTROL)
@@ -39,14 +33,9 @@ def serve(
             min=0.0, help="Idle seconds before an engine unloads its model; 0 is never [0].", rich_help_panel=_CONTROL
         ),
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Gateway processes that share the port [1].", rich_help_panel=_CONTROL)
-    ] = None,
-    policy: Annotated[str | None, typer.Option(help="Scheduling policy [adaptive].", rich_help_panel=_CONTROL)] = None,
-    routing: Annotated[
-        str | None,
-        typer.Option(help="Which engine takes a request, such as load_balanced or kv_aware.", rich_help_panel=_CONTROL),
-    ] = None,
+    workers: shared.Workers = None,
+    policy: shared.Policy = None,
+    routing: shared.Routing = None,
     auto_scale: Annotated[
         bool | None,
         typer.Option(
@@ -63,20 +52,8 @@ def serve(
             rich_help_panel=_CONTROL,
         ),
     ] = None,
-    engine_file: Annotated[
-        str | None,
-        typer.Option(
-            help="JSON or TOML list of engines that others run; followed while it changes.", rich_help_panel=_CONTROL
-        ),
-    ] = None,
-    discover: Annotated[
-        bool | None,
-        typer.Option(
-            "--discover/--no-discover",
-            help="Look for servers of other makers on local ports.",
-            rich_help_panel=_CONTROL,
-        ),
-    ] = None,
+    engine_file: shared.EngineFile = None,
+    discover: shared.Discover = None,
     roles: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,34 +62,12 @@ def serve(
             rich_help_panel=_CONTROL,
         ),
     ] = None,
-    state: Annotated[
-        str | None,
-        typer.Option(
-            help="SQLite file for keys, sessions, stored responses; none keeps them in memory.", rich_help_panel=_ACCESS
-        ),
-    ] = None,
-    api_key_file: Annotated[
-        str | None, typer.Option(help="File of API keys (role user), one a line.", rich_help_panel=_ACCESS)
-    ] = None,
-    require_key: Annotated[
-        bool | None,
-        typer.Option(
-            "--require-key/--no-require-key", help="Demand an API key even if none was made.", rich_help_panel=_ACCESS
-        ),
-    ] = None,
-    allowed_hosts: Annotated[
-        list[str] | None,
-        typer.Option("--allowed-host", help="Further name that Host may hold; repeatable.", rich_help_panel=_ACCESS),
-    ] = None,
-    cors: Annotated[
-        list[str] | None, typer.Option("--cors", help="Web origin that may call; repeatable.", rich_help_panel=_ACCESS)
-    ] = None,
-    access_log: Annotated[
-        bool | None,
-        typer.Option(
-            "--access-log/--no-access-log", help="One line for each request on stderr.", rich_help_panel=_ACCESS
-        ),
-    ] = None,
+    state: shared.State = None,
+    api_key_file: shared.ApiKeyFile = None,
+    require_key: shared.RequireKey = None,
+    allowed_hosts: shared.AllowedHosts = None,
+    cors: shared.Cors = None,
+    access_log: shared.AccessLog = None,
     mock: flags.Mock = False,
     ctx: flags.Ctx = None,
     parallel: flags.Parallel = None,

@@ -264,6 +264,7 @@ def main(control_fd: int, listen_fd: int) -> None:
     @contextlib.asynccontextmanager
     async def beside() -> AsyncIterator[None]:
         house.set_ready(False)
+        await driver.open()
         tasks = [asyncio.create_task(follow()), asyncio.create_task(bring_up())]
         # Connections wait in the socket's queue meanwhile: a worker that knows no engine would call every model unknown.
         await asyncio.wait(tasks[1:], timeout=_BRING_UP_S)

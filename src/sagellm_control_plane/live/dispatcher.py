@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from sagellm_control_plane.decision_log import DecisionLog
 from sagellm_control_plane.events import (
@@ -72,6 +72,25 @@ class Dispatcher:
     def feed(self, event: Event) -> None:
         """Tell the core what happened and do what it says. Events that this causes are fed after it, in order."""
         self._pending.append(event)
+        self._settle()
+
+    def feed_after(self, act: Callable[[], None], events: Iterable[Event]) -> None:
+        """Do `act`, and only then tell the core `events` and what `act` led to.
+
+        A client that waits for a token gets it before the books are kept.
+        """
+        self._pending.extend(events)
+        if self._feeding:
+            act()
+            return
+        self._feeding = True
+        try:
+            act()
+        finally:
+            self._feeding = False
+            self._settle()
+
+    def _settle(self) -> None:
         if self._feeding:
             return
         self._feeding = True
@@ -136,7 +155,7 @@ class Dispatcher:
 
     def open(self, index: int, request: EngineRequest, view: RequestView, mailbox: Mailbox) -> Sequence:
         """Begin a sequence: its deltas, or one error, arrive in `mailbox`."""
-        sequence = Sequence(index, request, mailbox, self.feed, self.clock, self.split_stats)
+        sequence = Sequence(index, request, mailbox, self, self.clock, self.split_stats)
         self._sequences[request.request_id] = sequence
         self.feed(RequestArrived(view))
         return sequence
@@ -157,6 +176,7 @@ class Dispatcher:
             return
         if not sequence.finished:
             self.feed(RequestCancelled(sequence.request_id, sequence.emitted, finished))
+        sequence.stop()  # the core's own word may come later
         del self._sequences[sequence.request_id]
         sequence.ended = True
 

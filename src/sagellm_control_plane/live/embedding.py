@@ -78,6 +78,11 @@ class EmbeddingJob:
         if attempt is not None:
             attempt[1].cancel()
 
+    def stop(self) -> None:
+        """Stop every attempt: nobody waits any more."""
+        for number in list(self._attempts):
+            self.abort(number)
+
     def fail(self, error: Error) -> None:
         """Tell the reader."""
         self.ended = True

@@ -120,6 +120,7 @@ class FollowerDriver:
     def __init__(self, control: socket.socket, log_dir: Path) -> None:
         self._control = control
         self._log_dir = log_dir
+        self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._serving = False
         self._up: dict[str, EngineUp] = {}
@@ -135,11 +136,15 @@ class FollowerDriver:
         """``follower``."""
         return "follower"
 
+    async def open(self) -> None:
+        """Be able to speak; before anything else."""
+        self._reader, self._writer = await asyncio.open_connection(sock=self._control, limit=LINE_BYTES)
+
     async def follow(self) -> None:
         """Take what the supervisor says until it ends."""
-        reader, self._writer = await asyncio.open_connection(sock=self._control, limit=LINE_BYTES)
+        assert self._reader is not None, "open comes first"
         decoder = msgspec.json.Decoder(ToWorker)
-        while said := await reader.readline():
+        while said := await self._reader.readline():
             match decoder.decode(said):
                 case EngineUp() as up:
                     self._is_up(up)

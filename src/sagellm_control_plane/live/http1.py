@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
-from sagellm_control_plane.live.http1_body import BodyReader, HttpBrokenError, body_reader
+from sagellm_control_plane.live.http1_body import BodyReader, HttpBrokenError, body_framing
 from sagellm_protocol.errors import InvalidArgumentError
 
 __all__ = ["Exchange", "Http1Client", "HttpBrokenError", "HttpRefusedError", "Receiver", "Reply"]
@@ -189,19 +189,16 @@ class Exchange:
                     raise HttpBrokenError(f"the head of the reply is longer than {MAX_HEAD_BYTES} bytes")
                 self._rest = data
                 return
-            first = _STATUS.match(data)
-            if first is None:
-                raise HttpBrokenError("the reply is no HTTP/1.1")
-            status, head, data = int(first[2]), data[:end], data[end + 4 :]
-            if status != 100:
+            head = self._client.head_of(data[:end])
+            data = data[end + 4 :]
+            if head.status != 100:
                 break
         self._rest = b""
-        headers = _headers(head)
-        self._reusable = headers.get("connection", "keep-alive" if first[1] == b"1" else "close").lower() != "close"
-        self._body = body_reader(status, headers)
+        self._reusable = head.keeps
+        body = self._body = head.body()
         if self._receiver is not None:
-            self._receiver.head(status, headers)
-        self._take_body(self._body, data)
+            self._receiver.head(head.status, head.headers)
+        self._take_body(body, data)
 
     def _take_body(self, body: BodyReader, data: bytes) -> None:
         piece = body.take(data)
@@ -248,13 +245,24 @@ class Exchange:
             self._fail(HttpBrokenError(f"the connection ended {where}"))
 
 
-def _headers(head: bytes) -> dict[str, str]:
-    lines = head.decode("latin-1").split("\r\n")[1:]
-    headers = {}
-    for line in lines:
-        name, _colon, value = line.partition(":")
-        headers[name.strip().lower()] = value.strip()
-    return headers
+class _Head:
+    """The head of a reply, read."""
+
+    __slots__ = ("body", "headers", "keeps", "raw", "status")
+
+    def __init__(self, raw: bytes) -> None:
+        first = _STATUS.match(raw)
+        if first is None:
+            raise HttpBrokenError("the reply is no HTTP/1.1")
+        self.raw = raw
+        self.status = int(first[2])
+        self.headers: dict[str, str] = {}
+        for line in raw.decode("latin-1").split("\r\n")[1:]:
+            name, _colon, value = line.partition(":")
+            self.headers[name.strip().lower()] = value.strip()
+        default = "keep-alive" if first[1] == b"1" else "close"
+        self.keeps = self.headers.get("connection", default).lower() != "close"
+        self.body = body_framing(self.status, self.headers)
 
 
 class Http1Client:
@@ -281,6 +289,7 @@ class Http1Client:
         self._connect_s = connect_s
         self._keep = keep
         self._idle: list[_Connection] = []
+        self._last_head: _Head | None = None
         fixed = {"host": parts.netloc.rpartition("@")[2], "accept": "*/*", **headers}
         if any("\r" in value or "\n" in value for value in fixed.values()):
             raise InvalidArgumentError("a header's value has a line break", param="api_key")
@@ -324,6 +333,17 @@ class Http1Client:
         except (OSError, asyncio.TimeoutError) as error:
             raise HttpRefusedError(f"{type(error).__name__}") from error
         return connection
+
+    def head_of(self, raw: bytes) -> _Head:
+        """Read a reply's head, without its last line end. A server sends the same one again and again: only another one is parsed.
+
+        Raises:
+            HttpBrokenError: it is none.
+        """
+        head = self._last_head
+        if head is None or head.raw != raw:
+            head = self._last_head = _Head(raw)
+        return head
 
     def take(self) -> _Connection | None:
         """Return a kept connection, the last used first."""

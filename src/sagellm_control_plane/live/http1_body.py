@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import repeat
 from typing import Protocol
 
-__all__ = ["BodyReader", "HttpBrokenError", "body_reader"]
+__all__ = ["BodyReader", "HttpBrokenError", "body_framing"]
 
 MAX_TRAILER_BYTES = 64 * 1024
 
@@ -37,18 +38,18 @@ class BodyReader(Protocol):
         ...
 
 
-def body_reader(status: int, headers: Mapping[str, str]) -> BodyReader:
-    """Return the reader for a reply with these headers (names in lower case).
+def body_framing(status: int, headers: Mapping[str, str]) -> Callable[[], BodyReader]:
+    """Return what makes the readers for replies with these headers (names in lower case).
 
     Raises:
         HttpBrokenError: the length is no number.
     """
     if "chunked" in headers.get("transfer-encoding", "").lower():
-        return _Chunked()
+        return _Chunked
     length = headers.get("content-length")
     if status in (204, 304):
         length = "0"
-    return _UntilClose() if length is None else _Counted(_size(length.encode(), 10))
+    return _UntilClose if length is None else partial(_Counted, _size(length.encode(), 10))
 
 
 class _Counted:

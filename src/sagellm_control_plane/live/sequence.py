@@ -7,7 +7,9 @@ tokens emitted so far and goes on after them, with the same seed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextvars import Context
+from typing import Protocol
 
 import msgspec
 
@@ -30,21 +32,57 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._items: list[tuple[int, TokenDelta | Error]] = []
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter: _Waiter | None = None
 
     def put(self, index: int, item: TokenDelta | Error) -> None:
-        """Leave an item; never blocks."""
+        """Leave an item. A reader that waits runs before this returns, up to where it waits again, unless another task runs."""
         self._items.append((index, item))
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.wake()
 
     async def take(self) -> list[tuple[int, TokenDelta | Error]]:
         """Wait until there is something, and return all of it."""
         if not self._items:
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = _Waiter(loop=asyncio.get_running_loop())
             await self._waiter
         items, self._items = self._items, []
         return items
+
+
+class _Waiter(asyncio.Future[None]):
+    """A future whose task can go on at once: a turn of the event loop less between an engine's bytes and the client's socket."""
+
+    _step: Callable[[_Waiter], object] | None = None
+    _context: Context | None = None
+
+    def add_done_callback(self, fn: Callable[..., object], /, *, context: Context | None = None) -> None:
+        """Note the step of the task that awaits this: a task adds exactly one callback."""
+        self._step, self._context = fn, context
+        super().add_done_callback(fn, context=context)
+
+    def wake(self) -> None:
+        """Be done. The task that waits runs now, or with the next turn of the loop if this is called by a task (two cannot run at once)."""
+        step, context = self._step, self._context
+        self._step = None
+        if step is None or context is None or asyncio.current_task() is not None:
+            self.set_result(None)
+            return
+        self.remove_done_callback(step)
+        self.set_result(None)
+        context.run(step, self)
+
+
+class Core(Protocol):
+    """Where a sequence tells what happened to it."""
+
+    def feed(self, event: Event) -> None:
+        """Take an event."""
+        ...
+
+    def feed_after(self, act: Callable[[], None], events: Iterable[Event]) -> None:
+        """Do `act`, then take `events`, then what `act` itself led to."""
+        ...
 
 
 class _Attempt:
@@ -79,7 +117,7 @@ class Sequence:
         index: int,
         request: EngineRequest,
         mailbox: Mailbox,
-        feed: Callable[[Event], None],
+        core: Core,
         clock: Callable[[], float],
         split_stats: SplitStats,
     ) -> None:
@@ -97,7 +135,7 @@ class Sequence:
         self.dispatched_at: float | None = None
         self.first_at = 0.0  # the first delta's arrival
         self._mailbox = mailbox
-        self._feed = feed
+        self._core = core
         self._clock = clock
         self._split_stats = split_stats
         self._attempts: dict[int, _Attempt] = {}
@@ -148,6 +186,11 @@ class Sequence:
         if attempt is not None and attempt.run is not None:
             attempt.run.cancel()
 
+    def stop(self) -> None:
+        """Stop every attempt: nobody reads any more."""
+        for number in list(self._attempts):
+            self.abort(number)
+
     def fail(self, error: Error) -> None:
         """Tell the reader; the sequence is over."""
         if not self.ended:
@@ -158,7 +201,7 @@ class Sequence:
         """Give up an attempt from outside: its engine is dead, hung or to be emptied."""
         if number in self._attempts:
             self.abort(number)
-            self._feed(AttemptFailed(self.request_id, number, error, self.emitted))
+            self._core.feed(AttemptFailed(self.request_id, number, error, self.emitted))
 
     def cancelled(self) -> None:
         """Somebody else cancelled the request."""
@@ -195,7 +238,7 @@ class Sequence:
             return
         if self._winner == attempt.number:
             self._winner = None
-        self._feed(AttemptFailed(self.request_id, attempt.number, error, self.emitted))
+        self._core.feed(AttemptFailed(self.request_id, attempt.number, error, self.emitted))
 
     def gained(self, attempt: _Attempt, delta: TokenDelta) -> None:
         """Take in a delta of an attempt: journal, mailbox, and what the core must know."""
@@ -212,18 +255,22 @@ class Sequence:
         if not (delta.token_ids or delta.text or delta.reasoning or delta.tool_calls or delta.finish_reason):
             self._accepted(attempt, delta)
             return
+        events: list[Event] = []
         if not attempt.tokens:
-            self._begin(attempt, delta)
+            events.append(self._begun(attempt, delta))
         attempt.tokens += max(len(delta.token_ids), 1)
         self.journal.extend(delta.token_ids)
         if not delta.token_ids and (delta.text or delta.reasoning or delta.tool_calls):
             self._pieces += delta.text_tokens or 1
             self._text.append(delta.text or "")
-        self._mailbox.put(self.index, delta)
         if delta.finish_reason is not None:
             self.ended = self.finished = True
             del self._attempts[attempt.number]
-            self._feed(AttemptFinished(self.request_id, attempt.number, self.emitted))
+            events.append(AttemptFinished(self.request_id, attempt.number, self.emitted))
+        if events:
+            self._core.feed_after(lambda: self._mailbox.put(self.index, delta), events)
+        else:
+            self._mailbox.put(self.index, delta)
 
     def _accepted(self, attempt: _Attempt, delta: TokenDelta) -> None:
         """The engine has taken the prompt; a first delta without a token tells the reader, once."""
@@ -233,7 +280,7 @@ class Sequence:
             self.engine_id = attempt.engine_id
             self._mailbox.put(self.index, delta)
 
-    def _begin(self, attempt: _Attempt, delta: TokenDelta) -> None:
+    def _begun(self, attempt: _Attempt, delta: TokenDelta) -> FirstToken:
         """The attempt's first token: it has won against a hedge, and the engine's prefill is over."""
         self._winner = attempt.number
         if not self._started:
@@ -241,7 +288,7 @@ class Sequence:
             self.first_at = attempt.last_at
         self.engine_id = attempt.engine_id
         cached = delta.cached_tokens if delta.prompt_tokens is not None else self.cached_tokens
-        self._feed(FirstToken(self.request_id, attempt.number, cached))
+        return FirstToken(self.request_id, attempt.number, cached)
 
 
 _ENGINE_ABORTED = Error(

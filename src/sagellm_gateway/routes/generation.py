@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -67,6 +67,10 @@ class _Metered(AsyncGenerator[Any, None]):
         self._call = call
         self._events = events
         self._prompt = self._completion = 0
+
+    def __anext__(self) -> Coroutine[Any, Any, Any]:
+        """Return the next event, without the frame that the base class puts in between."""
+        return self.asend(None)
 
     async def asend(self, value: None) -> Any:
         """Return the next event."""

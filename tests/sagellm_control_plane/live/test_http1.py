@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sagellm_control_plane.live.foreign_wire import StreamReader
 from sagellm_control_plane.live.http1 import Http1Client, HttpBrokenError, HttpRefusedError
-from sagellm_control_plane.live.http1_body import body_reader
+from sagellm_control_plane.live.http1_body import body_framing
 from sagellm_protocol.errors import EngineDiedError
 
 
@@ -31,7 +31,7 @@ def test_a_chunked_body_is_the_same_however_it_arrives(chunks, where, extension,
     """Whatever the cuts, extensions and trailers, the body is the chunks joined, and its end is seen with its last byte only."""
     data = b"".join(f"{len(c):x}{extension}\r\n".encode() + c + b"\r\n" for c in chunks)
     data += b"0\r\n" + (b"x: y\r\n" if trailer else b"") + b"\r\n"
-    reader = body_reader(200, {"transfer-encoding": "chunked"})
+    reader = body_framing(200, {"transfer-encoding": "chunked"})()
     out = b""
     pieces = cut(data, where)
     for number, piece in enumerate(pieces):
@@ -45,7 +45,7 @@ def test_a_chunked_body_is_the_same_however_it_arrives(chunks, where, extension,
 @given(st.binary(max_size=80), st.binary(max_size=5), places)
 def test_a_counted_body_ends_where_its_length_says(body, more, where):
     """Bytes beyond the length are not body, and spoil the connection."""
-    reader = body_reader(200, {"content-length": str(len(body))})
+    reader = body_framing(200, {"content-length": str(len(body))})()
     out = b"".join(reader.take(piece) for piece in cut(body + more, where))
     assert out == body
     assert reader.complete
@@ -54,7 +54,7 @@ def test_a_counted_body_ends_where_its_length_says(body, more, where):
 @pytest.mark.parametrize("line", [b"xyz\r\n", b"-5\r\n", b"\r\n", b"1" * 70_000])
 def test_a_chunk_without_a_length_is_refused(line):
     """What is no length ends the body as broken, also when it never ends."""
-    reader = body_reader(200, {"transfer-encoding": "chunked"})
+    reader = body_framing(200, {"transfer-encoding": "chunked"})()
     with pytest.raises(HttpBrokenError):
         reader.take(line)
 
