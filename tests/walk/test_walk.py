@@ -101,6 +101,16 @@ def test_the_server_ends_cleanly_and_takes_its_engines_along(start_server: Calla
         assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.model
+def test_the_last_word_of_a_server_is_stopped(start_server: Callable[..., Any], default_model_path: Any) -> None:
+    """A server that has served a real model ends without any complaint of the interpreter or of an extension."""
+    server = start_server(str(default_model_path), "--name", "m")
+    body = {"model": "m", "messages": QUESTION, "max_tokens": 4}
+    assert httpx2.post(f"{server.base_url}/chat/completions", json=body, timeout=60).status_code == 200
+    assert server.stop() == 0
+    assert server.output[-1] == "stopped\n"
+
+
 def run_cli(*args: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "sagellm", *args],

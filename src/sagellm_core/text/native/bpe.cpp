@@ -292,6 +292,8 @@ nb::bytes build(const nb::dict& vocab, const nb::list& merges, bool byte_fallbac
 
 NB_MODULE(_bpe, m) {
   using namespace sage;
+  // A served model's table lives as long as the process, beyond the last collection: that is no leak to tell people of.
+  nb::set_leak_warnings(false);
   m.doc() = "Byte-pair encoding over a mapped table; used through sagellm_core.text.mapped.";
   m.def("build", build, "vocab"_a, "merges"_a, "byte_fallback"_a, "fuse_unknown"_a, "ignore_merges"_a, "unknown"_a);
   m.attr("VERSION") = kMagic;
