@@ -149,7 +149,10 @@ class ControlPlaneManager:
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Take over what an earlier control plane on the same store left, and begin to watch engines. Idempotent."""
+        """Take over what an earlier control plane on the same store left, and begin to watch engines. Idempotent.
+
+        Known engines by address that answer within a second are ready when this returns.
+        """
         if self._started_at is None:
             self._started_at = time.monotonic()
             self._serving.open()
@@ -159,6 +162,11 @@ class ControlPlaneManager:
             self._block_feed.start()
             if self._scaling is not None:
                 self._scaling.start()
+            await self.settle()
+
+    async def settle(self, timeout_s: float = 1.0) -> None:
+        """Wait until engines that were registered by address have been asked once, at most `timeout_s` seconds."""
+        await self._prober.settle(timeout_s)
 
     async def stop(self, *, grace_s: float = 0.0) -> None:
         """Refuse new requests, give running ones `grace_s` seconds, then end everything. Idempotent."""
@@ -207,10 +215,7 @@ class ControlPlaneManager:
                 "mode is 'local': engines by address need mode='http'; use add_engine for one in this process",
                 param="mode",
             )
-        info = self._engines.register(engine_id, model_id, host, port, engine_kind, metadata or {})
-        if self._started_at is not None:
-            self._prober.soon(engine_id)
-        return info
+        return self._engines.register(engine_id, model_id, host, port, engine_kind, metadata or {})
 
     def unregister_engine(self, engine_id: str) -> EngineInfo:
         """Forget an engine; requests on it go on elsewhere.

@@ -1,14 +1,13 @@
 """An engine's own thread writes to its clients: the real engine over the simulated device, behind the real server."""
 
-import asyncio
-import contextlib
 from pathlib import Path
+
+from engine_server import Peer, Served, serving_engine
 
 from sagellm_backend.mock import Latency, MockRunner
 from sagellm_core.connection import _frames
-from sagellm_core.listener import listen_unix
 from sagellm_core.local import LocalEngine
-from sagellm_core.server import EXIT_ENGINE_DIED, EXIT_OK, EngineServer
+from sagellm_core.server import EXIT_ENGINE_DIED, EXIT_OK
 from sagellm_core.testing import mock_engine, run_alone
 from sagellm_protocol import EngineRequest, SamplingParams, TokenDelta, wire
 from sagellm_protocol.errors import ErrorCode
@@ -19,23 +18,15 @@ def request(name: str = "r", prompt: bytes = b"Good morning, ", max_tokens: int 
     return EngineRequest(request_id=name, prompt_token_ids=tuple(prompt), sampling=sampling)
 
 
-class Client:
-    """A peer that speaks raw frames."""
+class Client(Peer):
+    """A peer that counts the frames with deltas."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer = reader, writer
-        self.frames = 0
+    frames = 0
 
-    def send(self, *messages: wire.ToEngine) -> None:
-        self.writer.write(b"".join(map(wire.encode_frame, messages)))
-
-    async def receive(self) -> wire.FromEngine:
-        while True:
-            size = int.from_bytes(await self.reader.readexactly(4), "big")
-            message = wire.decode_from_engine(await self.reader.readexactly(size))
-            if not isinstance(message, wire.Heartbeat):
-                self.frames += isinstance(message, wire.Deltas)
-                return message
+    async def receive(self) -> object:
+        message = await super().receive()
+        self.frames += isinstance(message, wire.Deltas)
+        return message
 
     async def last_deltas(self, *streams: int) -> dict[int, tuple[list[int], TokenDelta]]:
         """Read until these streams have finished; return their tokens and last deltas."""
@@ -53,19 +44,11 @@ class Client:
         return {number: (tokens[number], last[number]) for number in streams}
 
 
-class Served:
+class ServedEngine(Served):
     """A server with a `LocalEngine`."""
 
-    def __init__(self, path: Path, engine: LocalEngine, server: EngineServer, task: asyncio.Task[int]) -> None:
-        self.path, self.engine, self.server, self.task = path, engine, server, task
-        self.clients: list[Client] = []
-
     async def client(self) -> Client:
-        client = Client(*await asyncio.open_unix_connection(str(self.path)))
-        self.clients.append(client)
-        client.send(wire.Hello())
-        assert isinstance(await client.receive(), wire.Welcome)
-        return client
+        return await self.peer(kind=Client)
 
     async def settled(self) -> None:
         """Wait until neither the engine nor the server holds a sequence."""
@@ -74,21 +57,9 @@ class Served:
         await self.engine.check_integrity()
 
 
-@contextlib.asynccontextmanager
-async def serving(tmp_path: Path, **options):
-    engine = LocalEngine(mock_engine(**options))
-    path = tmp_path / "e.sock"
-    server = EngineServer(engine, await engine.describe(), listen_unix(path), heartbeat_s=0.02)
-    task = asyncio.create_task(server.run())
-    served = Served(path, engine, server, task)
-    try:
-        yield served
-    finally:
-        server._finish(EXIT_OK)
-        await task
-        for client in served.clients:
-            client.writer.transport.abort()
-        await asyncio.sleep(0)
+def serving(tmp_path: Path, **options):
+    """The real engine over the simulated device, served; `options` are the engine's."""
+    return serving_engine(tmp_path, LocalEngine(mock_engine(**options)), ServedEngine, heartbeat_s=0.02)
 
 
 async def test_streams_give_what_their_sequences_give_alone(tmp_path):
@@ -158,7 +129,7 @@ async def test_a_client_that_does_not_read_is_cut_off(tmp_path, monkeypatch):
         lazy, other = await served.client(), await served.client()
         lazy.writer.transport.pause_reading()
         number = 0
-        while lazy in served.clients and len(served.server.connections) == 2:
+        while lazy in served.peers and len(served.server.connections) == 2:
             lazy.send(*[wire.Submit(stream=number + n, request=request(f"l{number + n}")) for n in range(100)])
             number += 100
             await served.engine.block_events(0)

@@ -1,109 +1,23 @@
 """The engine process as its clients see it; `counting_engine.py` stands in for a model."""
 
 import asyncio
-import contextlib
-import importlib.util
-import os
-import signal
-import socket
-import stat
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import msgspec
 import pytest
+from counting import CountingEngine, request
+from engine_server import Peer, serving_engine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sagellm_core.listener import listen_tcp, listen_unix
+from sagellm_core.listener import listen_tcp
 from sagellm_core.server import EXIT_ENGINE_DIED, EXIT_OK, EngineServer
-from sagellm_protocol import EngineRequest, SamplingParams, wire
-from sagellm_protocol.errors import ErrorCode, InvalidArgumentError, UnavailableError
-
-COUNTING = Path(__file__).with_name("counting_engine.py")
+from sagellm_protocol import wire
+from sagellm_protocol.errors import ErrorCode
 
 
-def load_counting():
-    spec = importlib.util.spec_from_file_location("counting_engine", COUNTING)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.CountingEngine
-
-
-def request(last: int = 100, max_tokens: int = 5, request_id: str = "r") -> EngineRequest:
-    return EngineRequest(
-        request_id=request_id, prompt_token_ids=(50, last), sampling=SamplingParams(seed=1, max_tokens=max_tokens)
-    )
-
-
-class Peer:
-    """A client that speaks raw frames."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer = reader, writer
-
-    def send(self, *messages: object) -> None:
-        self.writer.write(b"".join(m if isinstance(m, bytes) else wire.encode_frame(m) for m in messages))
-
-    async def receive(self) -> object:
-        """The next message that is not a heartbeat; None at the end."""
-        while True:
-            try:
-                size = int.from_bytes(await self.reader.readexactly(4), "big")
-            except (asyncio.IncompleteReadError, ConnectionResetError):
-                return None
-            message = wire.decode_from_engine(await self.reader.readexactly(size))
-            if not isinstance(message, wire.Heartbeat):
-                return message
-
-    async def tokens(self, stream: int) -> list[int]:
-        seen: list[int] = []
-        while True:
-            message = await self.receive()
-            assert isinstance(message, wire.Deltas), message
-            for number, delta in message.deltas:
-                if number == stream:
-                    seen += delta.token_ids
-                    if delta.finish_reason is not None:
-                        return seen
-
-
-class Served:
-    """A server on a Unix socket in this process."""
-
-    def __init__(self, path: Path, engine, server: EngineServer, task: asyncio.Task[int]) -> None:
-        self.path, self.engine, self.server, self.task = path, engine, server, task
-        self.peers: list[Peer] = []
-
-    async def peer(self, hello: object = wire.Hello()) -> Peer:
-        peer = Peer(*await asyncio.open_unix_connection(str(self.path)))
-        self.peers.append(peer)
-        if hello is not None:
-            peer.send(hello)
-            welcome = await peer.receive()
-            assert isinstance(welcome, wire.Welcome), welcome
-        return peer
-
-
-@contextlib.asynccontextmanager
-async def serving(tmp_path: Path, **options):
-    path = tmp_path / "e.sock"
-    engine = load_counting()(step_s=options.pop("step_s", 0.0))
-    options.setdefault("heartbeat_s", 0.05)
-    server = EngineServer(engine, await engine.describe(), listen_unix(path), **options)
-    task = asyncio.create_task(server.run())
-    await asyncio.sleep(0)
-    served = Served(path, engine, server, task)
-    try:
-        yield served
-    finally:
-        server._finish(EXIT_OK)
-        await task
-        for peer in served.peers:
-            peer.writer.transport.abort()
-        await asyncio.sleep(0)
+def serving(tmp_path: Path, *, step_s: float = 0.0, heartbeat_s: float = 0.05, **options):
+    """A counting engine, served."""
+    return serving_engine(tmp_path, CountingEngine(step_s=step_s), heartbeat_s=heartbeat_s, **options)
 
 
 async def test_tokens_of_a_stream(tmp_path):
@@ -344,7 +258,7 @@ async def test_client_that_does_not_read(tmp_path, monkeypatch):
 
 async def test_token_over_tcp():
     """Over TCP a client without the token is refused, and one with it is served."""
-    engine = load_counting()()
+    engine = CountingEngine()
     listener = listen_tcp("127.0.0.1", 0)
     port = listener.getsockname()[1]
     server = EngineServer(engine, await engine.describe(), listener, token="s3cret")
@@ -361,146 +275,3 @@ async def test_token_over_tcp():
         peer.writer.transport.abort()
     server.stop()
     assert await task == EXIT_OK
-
-
-def test_port_in_use():
-    """A taken port is reported with the port and the cure."""
-    with listen_tcp("127.0.0.1", 0) as first:
-        port = first.getsockname()[1]
-        with pytest.raises(UnavailableError, match=f"127.0.0.1:{port}.*choose another port"):
-            listen_tcp("127.0.0.1", port)
-
-
-def test_unix_socket_is_private(tmp_path):
-    """The socket can be used by its owner only."""
-    with listen_unix(tmp_path / "s"):
-        assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o600
-
-
-def test_unix_socket_of_a_dead_engine_is_replaced(tmp_path):
-    """A socket that nobody listens on is replaced; a living one is not, and a file that is no socket never."""
-    path = tmp_path / "s"
-    listen_unix(path).close()
-    with listen_unix(path), pytest.raises(UnavailableError, match="listens on"):
-        listen_unix(path)
-    plain = tmp_path / "plain"
-    plain.write_text("precious")
-    with pytest.raises(InvalidArgumentError, match="not a socket"):
-        listen_unix(plain)
-    assert plain.read_text() == "precious"
-
-
-def test_long_socket_path(tmp_path):
-    """A path that the kernel cannot take is refused with both numbers."""
-    with pytest.raises(InvalidArgumentError, match="the kernel takes 107"):
-        listen_unix(tmp_path / ("x" * 120))
-
-
-def run_module(*argv: str) -> subprocess.CompletedProcess[str]:
-    environ = {k: v for k, v in os.environ.items() if k != "SAGELLM_ENGINE_TOKEN"} | {"PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "sagellm_core.server", *argv]
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
-
-
-def test_tcp_without_token():
-    """TCP without a token does not start, and says which variable to set."""
-    done = run_module("--config", '{"model":"mock"}', "--tcp", "127.0.0.1:0")
-    assert (done.returncode, done.stderr) == (
-        3,
-        "engine cannot start: --tcp needs a token: set SAGELLM_ENGINE_TOKEN, or use --socket\n",
-    )
-
-
-@pytest.mark.parametrize("config", ["nonsense", '{"model":"mock","colour":1}', '{"model":"/no/such/model.gguf"}'])
-def test_bad_configuration(tmp_path, config):
-    """A configuration that cannot be used, or a missing model file, is one line on stderr and status 3."""
-    done = run_module("--config", config, "--socket", str(tmp_path / "s"))
-    assert done.returncode == 3
-    assert done.stderr.startswith("engine cannot start: ")
-    assert done.stderr.count("\n") == 1
-
-
-def spawn(
-    tmp_path: Path, *extra: str, config: dict[str, object] | None = None, **kwargs
-) -> tuple[subprocess.Popen, int]:
-    """Start a real process; returns it and the read end of its status pipe."""
-    read, write = os.pipe()
-    argv = [sys.executable, str(COUNTING), "--config", msgspec.json.encode(config or {}).decode()]
-    argv += ["--socket", str(tmp_path / "p.sock"), "--status-fd", str(write), *extra]
-    process = subprocess.Popen(argv, stderr=subprocess.PIPE, pass_fds=[write, *kwargs.pop("pass_fds", [])], **kwargs)
-    os.close(write)
-    return process, read
-
-
-def report_of(read: int) -> wire.StartReport:
-    with os.fdopen(read) as pipe:
-        return msgspec.json.decode(pipe.readline(), type=wire.StartReport)
-
-
-def test_process_reports_ready_and_ends_on_sigterm(tmp_path):
-    """A process reports its address when it can be reached, ends with 0 on SIGTERM, and removes its socket."""
-    process, read = spawn(tmp_path)
-    assert report_of(read).address == f"unix://{tmp_path}/p.sock"
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(tmp_path / "p.sock"))
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 0, err
-    assert not (tmp_path / "p.sock").exists()
-
-
-def test_start_failure_is_typed(tmp_path):
-    """A start that fails ends with 3, one line on stderr without a traceback, and the typed error on the pipe."""
-    process, read = spawn(tmp_path, config={"bad_model": True})
-    error = report_of(read).error
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 3
-    assert error.code is ErrorCode.MODEL_FILE
-    assert err.decode() == "engine cannot start: weights are truncated at byte 12: fetch the file again\n"
-
-
-def test_process_ends_with_its_parent_when_asked(tmp_path):
-    """With --parent-fd the process ends when the other end is closed, whatever way its parent died."""
-    parent_read, parent_write = os.pipe()
-    process, read = spawn(tmp_path, "--parent-fd", str(parent_read), pass_fds=[parent_read])
-    os.close(parent_read)
-    report_of(read)
-    os.close(parent_write)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 0, err
-
-
-@pytest.mark.parametrize("command", [3, 4, 5], ids=["loop blocked", "no progress", "interpreter lock held"])
-def test_watchdog_dumps_stacks(tmp_path, command):
-    """A process whose work makes no progress, however it hangs, prints the stacks of all threads and ends with 1."""
-    process, read = spawn(tmp_path, "--hang-timeout", "1", "--heartbeat", "0.1")
-    report_of(read)
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(tmp_path / "p.sock"))
-        submit = wire.Submit(stream=1, request=request(command))
-        client.sendall(wire.encode_frame(wire.Hello()) + wire.encode_frame(submit))
-        _, err = process.communicate(timeout=20)
-    assert process.returncode == 1
-    assert b"Timeout (0:00:01)!" in err
-    assert b"counting_engine.py" in err or command == 4
-
-
-def test_watchdog_leaves_work_alone(tmp_path):
-    """Slow work that makes progress, and idleness, outlast the watchdog."""
-    process, read = spawn(tmp_path, "--hang-timeout", "0.5", "--heartbeat", "0.1", config={"step_s": 0.2})
-    report_of(read)
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(20)
-        client.connect(str(tmp_path / "p.sock"))
-        submit = wire.Submit(stream=1, request=request(max_tokens=8))
-        client.sendall(wire.encode_frame(wire.Hello()) + wire.encode_frame(submit))
-        decoder, reason = wire.FrameDecoder(), None
-        while reason is None:
-            for message in map(wire.decode_from_engine, decoder.feed(client.recv(65536))):
-                if isinstance(message, wire.Deltas):
-                    reason = message.deltas[-1][1].finish_reason
-        time.sleep(0.8)
-        assert process.poll() is None
-    process.terminate()
-    process.communicate(timeout=20)
-    assert process.returncode == 0

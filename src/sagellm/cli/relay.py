@@ -44,7 +44,7 @@ class Relay:
         self._gone: msgspec.Raw | None = None
 
     def join(self, worker: int, writer: asyncio.StreamWriter) -> None:
-        """A worker serves: tell it what lasts."""
+        """A worker takes part from now on: tell it what lasts."""
         self._writers[worker] = writer
         for ask in self._lasting.values():
             writer.write(line(ask))

@@ -32,6 +32,8 @@ from sagellm_control_plane.live.follower import (
     EngineUp,
     FollowerDriver,
     FromWorker,
+    Join,
+    Joined,
     RestartWanted,
     ToWorker,
     WorkerUp,
@@ -192,9 +194,11 @@ class Supervisor(LifecycleListener):
         with contextlib.suppress(ConnectionResetError):
             while said := await reader.readline():
                 match decoder.decode(said):
+                    case Join(pid=pid):
+                        self._relay.join(pid, writer)
+                        writer.write(line(Joined()))
                     case WorkerUp(pid=pid):
                         self._serving.add(pid)
-                        self._relay.join(pid, writer)
                         if len(self._serving) == self._count:
                             self._all_up.set()
                     case RestartWanted(engine_id=engine_id):
@@ -253,6 +257,8 @@ def main(control_fd: int, listen_fd: int) -> None:
         for model_id, engine_id, told in options.planned(configs):
             await house.start_engine(model_id, engine_id, told)
         house.share(driver)
+        await driver.join(os.getpid())
+        await house.manager.settle()
         calm_collector()
         house.set_ready(True)
         driver.serving(os.getpid())
@@ -266,7 +272,7 @@ def main(control_fd: int, listen_fd: int) -> None:
         house.set_ready(False)
         await driver.open()
         tasks = [asyncio.create_task(follow()), asyncio.create_task(bring_up())]
-        # Connections wait in the socket's queue meanwhile: a worker that knows no engine would call every model unknown.
+        # Connections wait in the socket's queue meanwhile: a worker that does not know all engines would call their models unknown.
         await asyncio.wait(tasks[1:], timeout=_BRING_UP_S)
         try:
             yield

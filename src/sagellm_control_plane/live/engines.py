@@ -55,7 +55,7 @@ class Engines:
         restart: RestartPolicy,
         store: Store | None = None,
     ) -> None:
-        self._book = EngineBook(store, borrowed=getattr(driver, "borrowed", False))
+        self._book = EngineBook(store, borrowed=driver is not None and driver.borrowed)
         self._dispatcher = dispatcher
         self._registry = dispatcher.registry
         self._prober = prober
@@ -169,6 +169,8 @@ class Engines:
         self._chat_models.setdefault(model_id, text_side)
         if keep:
             self._book.note(info)
+        if self._prober.running:
+            self._prober.soon(engine_id)
         return info
 
     def heartbeat(self, engine_id: str) -> EngineInfo:

@@ -1,7 +1,8 @@
 """Engines of another process: a lifecycle driver that is told by a supervisor which engines run and where.
 
 The supervisor and its workers talk over a socket pair in JSON lines. `EngineUp` and `EngineDown` come, `RestartWanted` and
-`WorkerUp` go. A worker's `Ask` is passed on to all others; each says its `Answer`, and the asker gets them together.
+`WorkerUp` go. A worker that has its engines says `Join`, is told what lasts, and at the end `Joined`. A worker's `Ask` is passed on to
+all others; each says its `Answer`, and the asker gets them together.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -30,6 +31,8 @@ __all__ = [
     "EngineUp",
     "FollowerDriver",
     "FromWorker",
+    "Join",
+    "Joined",
     "RestartWanted",
     "ToWorker",
     "WorkerUp",
@@ -65,6 +68,16 @@ class RestartWanted(msgspec.Struct, frozen=True, kw_only=True, tag="restart"):
     engine_id: str
 
 
+class Join(msgspec.Struct, frozen=True, kw_only=True, tag="join"):
+    """A worker has its engines: it wants to know what lasts, and takes part from now on."""
+
+    pid: int
+
+
+class Joined(msgspec.Struct, frozen=True, kw_only=True, tag="joined"):
+    """All that lasts has been said."""
+
+
 class WorkerUp(msgspec.Struct, frozen=True, kw_only=True, tag="worker_up"):
     """A worker serves."""
 
@@ -94,8 +107,8 @@ class Answers(msgspec.Struct, frozen=True, kw_only=True, tag="answers"):
     bodies: list[msgspec.Raw]
 
 
-ToWorker = EngineUp | EngineDown | Ask | Answers
-FromWorker = RestartWanted | WorkerUp | Ask | Answer
+ToWorker = EngineUp | EngineDown | Joined | Ask | Answers
+FromWorker = RestartWanted | Join | WorkerUp | Ask | Answer
 
 
 _NULL = msgspec.Raw(b"null")
@@ -114,8 +127,7 @@ class FollowerDriver:
         log_dir: where the supervisor's driver keeps the engines' logs.
     """
 
-    borrowed = True
-    """Its engines are those of another process, which remembers them."""
+    borrowed: ClassVar[bool] = True
 
     def __init__(self, control: socket.socket, log_dir: Path) -> None:
         self._control = control
@@ -123,6 +135,7 @@ class FollowerDriver:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._serving = False
+        self._joined = asyncio.Event()
         self._up: dict[str, EngineUp] = {}
         self._waiting: dict[str, asyncio.Future[EngineUp]] = {}
         self._listeners: dict[str, LifecycleListener] = {}
@@ -149,9 +162,9 @@ class FollowerDriver:
                 case EngineUp() as up:
                     self._is_up(up)
                 case EngineDown(event=event):
-                    self._up.pop(event.engine_id, None)
-                    if event.engine_id in self._listeners:
-                        self._listeners[event.engine_id].engine_exited(event)
+                    self._is_down(event)
+                case Joined():
+                    self._joined.set()
                 case Ask() as ask:
                     self._send(Answer(number=ask.number, body=self._do(ask)))
                 case Answers(number=number, bodies=bodies):
@@ -199,6 +212,11 @@ class FollowerDriver:
             waiting.set_result(up)
         elif up.engine_id in self._listeners:
             self._announce(up)
+
+    def _is_down(self, event: EngineExit) -> None:
+        self._up.pop(event.engine_id, None)
+        if event.engine_id in self._listeners:
+            self._listeners[event.engine_id].engine_exited(event)
 
     def _announce(self, up: EngineUp) -> EngineClient:
         client = WireEngineClient(up.engine_id, up.address, token=up.token)
@@ -253,6 +271,11 @@ class FollowerDriver:
     async def restart_engine(self, engine_id: str) -> None:
         """Ask the supervisor to end an engine that makes no progress; it comes back by its restart policy."""
         self._send(RestartWanted(engine_id=engine_id))
+
+    async def join(self, pid: int) -> None:
+        """Take part in what workers tell each other; what lasts has been done when this returns."""
+        self._send(Join(pid=pid))
+        await self._joined.wait()
 
     def serving(self, pid: int) -> None:
         """Tell the supervisor that this worker serves."""

@@ -7,7 +7,7 @@ stops it. It reports each of these to a listener; which requests were lost and w
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import msgspec
 
@@ -89,7 +89,13 @@ class LifecycleListener(Protocol):
 
 
 class LifecycleDriver(Protocol):
-    """Starts and stops engines."""
+    """Starts and stops engines.
+
+    Attributes:
+        borrowed: its engines are those of another process, which remembers them itself.
+    """
+
+    borrowed: ClassVar[bool]
 
     @property
     def name(self) -> str:

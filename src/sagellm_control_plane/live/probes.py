@@ -26,9 +26,20 @@ class Prober:
         self._single: dict[str, asyncio.Task[None]] = {}
         self.on_round: Callable[[], None] = lambda: None
 
+    @property
+    def running(self) -> bool:
+        """Whether it has been started, and not stopped."""
+        return self._task is not None
+
     def start(self) -> None:
-        """Begin to probe."""
+        """Begin to probe, all that are there at once."""
+        self._probe_all()
         self._task = asyncio.get_running_loop().create_task(self._run(), name="control-plane-probes")
+
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until the single probes under way have ended, at most `timeout_s` seconds."""
+        if self._single:
+            await asyncio.wait(list(self._single.values()), timeout=timeout_s)
 
     async def stop(self) -> None:
         """End all probes."""
@@ -49,14 +60,16 @@ class Prober:
         self._single[engine_id] = task
         task.add_done_callback(lambda _task: self._single.pop(engine_id, None))
 
+    def _probe_all(self) -> None:
+        for engine in self._dispatcher.registry.all():
+            self.soon(engine.info.engine_id)
+
     async def _run(self) -> None:
         config = self._config
         while True:
             await asyncio.sleep(config.interval_s)
-            for engine in self._dispatcher.registry.all():
-                self.soon(engine.info.engine_id)
-            if self._single:
-                await asyncio.wait(list(self._single.values()), timeout=config.timeout_s * 2)
+            self._probe_all()
+            await self.settle(config.timeout_s * 2)
             self.on_round()
             self._dispatcher.fail_stalled(self._dispatcher.clock(), config.stall_s)
             self._dispatcher.feed(Tick())

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from sagellm_control_plane.live.child import describe_exit
 from sagellm_control_plane.live.engine_log import EngineLog, log_path
@@ -42,6 +43,8 @@ class ProcessDriver:
         store: where processes and reservations are noted.
         on_change: told of every change of state, on the event loop.
     """
+
+    borrowed: ClassVar[bool] = False
 
     def __init__(
         self,

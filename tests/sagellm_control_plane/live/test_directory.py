@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from contextlib import asynccontextmanager
 
 import pytest
@@ -74,6 +75,34 @@ async def test_engines_of_a_file_come_and_go_with_it(tmp_path, quick):
             await until(lambda: [e.engine_id for e in manager.list_engines()] == [f"e{two}"])
         finally:
             await manager.stop()
+
+
+async def test_known_engines_are_ready_when_the_start_is_over(tmp_path):
+    """An engine of the file, and one that was registered before, take requests at once: no interval of probes passes first."""
+    file = tmp_path / "engines.toml"
+    async with server("m", "vllm") as one, server("m", "vllm") as two:
+        file.write_text(toml(one))
+        manager = ControlPlaneManager(health_check_interval=3600.0, engine_file=file)
+        manager.register_engine("before", "m", "127.0.0.1", two)
+        await manager.start()
+        try:
+            assert len(manager.list_engines(EngineState.READY)) == 2
+            manager.register_engine("after", "m", "127.0.0.1", two)
+            await manager.settle()
+            assert len(manager.list_engines(EngineState.READY)) == 3
+        finally:
+            await manager.stop()
+
+
+async def test_an_engine_that_does_not_answer_does_not_hold_up_the_start(monkeypatch):
+    """A listener that never answers costs the start its own bound, not the time that a probe may take."""
+    monkeypatch.setattr(ControlPlaneManager.settle, "__defaults__", (0.01,))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        manager = ControlPlaneManager(config=CoreConfig(health=HealthConfig(timeout_s=3600.0)))
+        manager.register_engine("silent", "m", "127.0.0.1", silent.getsockname()[1])
+        await manager.start()
+        assert [engine.state for engine in manager.list_engines()] == [EngineState.STARTING]
+        await manager.stop()
 
 
 async def test_a_file_that_cannot_be_used_is_refused_at_the_start(tmp_path):
