@@ -17,9 +17,7 @@ from sagellm_control_plane.live.lifecycle import RestartPolicy
 from sagellm_control_plane.live.process_driver import ProcessDriver, ProcessOptions, ProcessState
 from sagellm_control_plane.live.processes import AdoptedProcess, identity, is_alive, own_identity
 from sagellm_control_plane.live.store import ProcessRecord, Store
-from sagellm_protocol.errors import (
-    ModelFileError,
-)
+from sagellm_protocol.errors import ModelFileError
 
 GATEWAY = """
 import asyncio, sys
