@@ -27,7 +27,7 @@ INSTALL   = $(PY) -m pip install --quiet --disable-pip-version-check
 NEW_PIP   = $(INSTALL) --upgrade 'pip>=25.1'
 endif
 
-NATIVE := $(shell find src/sagellm_backend/cpu/native -type f 2>/dev/null)
+NATIVE := $(shell find src/sagellm_backend/cpu/native src/sagellm_core/text/native -type f 2>/dev/null)
 
 .PHONY: run test test-slow test-cuda check models bench bench-gateway bench-router build clean help
 .DEFAULT_GOAL := help
