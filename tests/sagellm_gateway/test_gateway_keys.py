@@ -170,8 +170,10 @@ def test_one_key_never_reads_anothers_response(guarded_url: str, keys: KeyStore)
 def test_open_address_without_a_key_refuses_to_start(manager: Any) -> None:
     """Listening on all addresses without a key exits with the cure."""
     config = GatewayConfig(host="0.0.0.0", port=0)
+    app = create_app(manager, config)
     with pytest.raises(SystemExit, match="sage-llm keys add"):
-        serve(create_app(manager, config), config)
+        serve(app, config)
+    app.state.gateway.database.close()
 
 
 def test_first_key_over_http_must_be_an_admins(manager: Any) -> None:

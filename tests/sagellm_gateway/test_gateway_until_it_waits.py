@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 
@@ -84,8 +85,11 @@ async def test_another_task_can_finish_what_was_begun_by_hand() -> None:
         await asyncio.sleep(0)
         return "done"
 
+    async def go_on(coroutine: Any, waits_for: Any) -> Any:
+        return await carry_on(coroutine, waits_for)
+
     coroutine = work()
-    task = asyncio.create_task(carry_on(coroutine, coroutine.send(None)))
+    task = asyncio.create_task(go_on(coroutine, coroutine.send(None)))
     await asyncio.sleep(0)
     assert not task.done()
     gate.set()

@@ -56,6 +56,7 @@ class ProcessDriver:
     ) -> None:
         self._options = options or ProcessOptions.default()
         self._store = store or Store()
+        self._own_store = store is None
         grace_s = self._options.orphan_grace_s if store is not None else 0.0
         self._launcher = Launcher(argv, self._options, self._store, grace_s)
         self._on_change = on_change
@@ -213,12 +214,14 @@ class ProcessDriver:
         return (engine.log if engine is not None else self._log_of(engine_id)).tail(lines)
 
     async def close(self) -> None:
-        """Stop all engines."""
+        """Stop all engines. Nothing can be started after that."""
         self.drop_begun()
         await asyncio.gather(*(self.stop_engine(engine_id) for engine_id in list(self._engines)))
         if self._rotator is not None:
             self._rotator.cancel()
             self._rotator = None
+        if self._own_store:
+            self._store.close()
 
     # one start
 

@@ -83,9 +83,9 @@ class FileStore:
 
         def work(db: sqlite3.Connection) -> list[StoredFile]:
             rows = db.execute(
-                "SELECT id, filename, purpose, bytes, created FROM files WHERE owner = ?1 AND (purpose = ?2 OR ?2 IS NULL) "
+                "SELECT id, filename, purpose, bytes, created FROM files WHERE owner = :owner AND (purpose = :purpose OR :purpose IS NULL) "
                 "ORDER BY created DESC, id LIMIT 10000",
-                (owner, purpose),
+                {"owner": owner, "purpose": purpose},
             ).fetchall()
             return [_file(row) for row in rows]
 

@@ -212,8 +212,8 @@ def _record(db: sqlite3.Connection, rows: list[UsageRow]) -> None:
 
 def _usage(db: sqlite3.Connection, key: str | None) -> list[UsageRow]:
     rows = db.execute(
-        "SELECT key, day, model, requests, prompt_tokens, completion_tokens FROM usage WHERE key = ?1 OR ?1 IS NULL "
+        "SELECT key, day, model, requests, prompt_tokens, completion_tokens FROM usage WHERE key = :key OR :key IS NULL "
         "ORDER BY day DESC, key, model LIMIT 10000",
-        (key,),
+        {"key": key},
     ).fetchall()
     return [UsageRow(**dict(zip(UsageRow.__struct_fields__, row, strict=True))) for row in rows]

@@ -11,7 +11,6 @@ import pytest
 
 from sagellm_control_plane.config import CoreConfig, HealthConfig
 from sagellm_control_plane.live import directory
-from sagellm_control_plane.live.store import Store
 from sagellm_control_plane.manager import ControlPlaneManager
 from sagellm_control_plane.types import EngineState
 from sagellm_protocol.errors import InvalidArgumentError
@@ -159,11 +158,10 @@ async def test_a_lease_is_a_time():
     assert manager.list_engines() == []
 
 
-async def test_engines_of_the_directory_are_not_kept_in_the_store(tmp_path):
+async def test_engines_of_the_directory_are_not_kept_in_the_store(tmp_path, store):
     """The file is the truth about its engines: what left it while nobody looked does not come back from the store."""
     file = tmp_path / "engines.toml"
     file.write_text(toml(1))
-    store = Store(tmp_path / "s.sqlite")
     manager = ControlPlaneManager(config=HEALTH, engine_file=file, store=store)
     await manager.start()
     assert len(manager.list_engines()) == 1

@@ -167,9 +167,8 @@ def test_identity_of_processes():
     assert not is_alive("")
 
 
-async def test_an_engine_that_was_begun_is_the_one_that_starts(options, tmp_path):
+async def test_an_engine_that_was_begun_is_the_one_that_starts(options, store):
     """What was begun before the event loop is taken by the start with the same configuration: one process, noted once."""
-    store = Store(tmp_path / "engines.sqlite")
     driver = ProcessDriver(argv, options, store=store)
     driver.begin(spec())
     (record,) = store.processes()
@@ -195,17 +194,17 @@ async def test_an_engine_that_was_begun_otherwise_gives_way(options):
 
 
 @pytest.mark.parametrize("how", ["drop", "close"])
-async def test_an_engine_that_was_begun_in_vain_is_ended(options, how):
+async def test_an_engine_that_was_begun_in_vain_is_ended(options, store, how):
     """What was begun and never started leaves no process, no note and no socket."""
-    driver = ProcessDriver(argv, options)
+    driver = ProcessDriver(argv, options, store=store)
     driver.begin(spec())
-    (record,) = driver._store.processes()
+    (record,) = store.processes()
     if how == "close":
         await driver.close()
     else:
         driver.drop_begun()
     assert not alive(record.pid)
-    assert driver._store.processes() == []
+    assert store.processes() == []
     assert list(options.run_dir.iterdir()) == []
 
 
@@ -218,9 +217,8 @@ async def test_a_begun_engine_that_cannot_load_says_why(options):
     await driver.close()
 
 
-def test_nothing_is_begun_beside_engines_to_adopt(options, tmp_path):
+def test_nothing_is_begun_beside_engines_to_adopt(options, store):
     """Where an earlier driver's engines may live on, a start waits for `adopt`."""
-    store = Store(tmp_path / "engines.sqlite")
     before = ProcessRecord(
         engine_id="e", pid=os.getpid(), identity=own_identity(), address="", token="", started_at=0.0, owner="gone", spec=spec()
     )  # fmt: skip
