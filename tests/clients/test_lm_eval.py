@@ -135,7 +135,9 @@ async def scores(stops: tuple[str, ...]) -> dict[str, Any]:
     house = await compose.start_embedded(MODEL)
     try:
         engine = InProcess(house)
-        likely = [[await engine.loglikelihood(r["q"], f" {c}") for c in r["choices"]] for r in CHOICES]
+        likely = []
+        for row in CHOICES:
+            likely.append([await engine.loglikelihood(row["q"], f" {choice}") for choice in row["choices"]])
         completed = [await engine.text_of(prompt=r["q"], stop=stops) for r in ANSWERS]
         answered = [
             await engine.text_of(messages=(ChatMessage(role="user", content=r["q"]),), stop=stops) for r in ANSWERS

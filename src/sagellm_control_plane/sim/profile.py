@@ -84,10 +84,10 @@ async def profile_engine(client: EngineClient, *, seed: int = 1, repeats: int = 
     # Prompts of one step each: longer ones would pay for their further steps, which is not the tokens' own.
     chunk = min(room, known.max_batch_tokens)
     lengths = [chunk * quarter // 4 for quarter in (1, 2, 3, 4)]
-    firsts = [
-        (float(length), statistics.median([(await probe.run(length, 1))[0] for _ in range(repeats)]))
-        for length in lengths
-    ]
+    firsts: list[tuple[float, float]] = []
+    for length in lengths:
+        times = [(await probe.run(length, 1))[0] for _ in range(repeats)]
+        firsts.append((float(length), statistics.median(times)))
     _overhead, per_prompt_token = fit_line(firsts)
     long_step = await probe.step(1, room)
     per_token = max(long_step - steps[0][1], 0.0) / (room - _SHORT)

@@ -16,6 +16,11 @@ from typing import Any
 import httpx2
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 from sagellm import UnifiedInferenceClient, catalogue, settings
 from sagellm.cli import own_key
 from sagellm.cli.completion import following
@@ -409,8 +414,6 @@ def test_launch_leaves_other_settings_alone(tmp_path: Path) -> None:
     codex = tmp_path / "config.toml"
     codex.write_text('approval = "never"\nmodel = "old"\n\n[tools]\nweb = true\n')
     run("launch", "codex", "--yes", env=env)
-    import tomllib
-
     parsed = tomllib.loads(codex.read_text())
     assert parsed["approval"] == "never"
     assert parsed["tools"] == {"web": True}
