@@ -171,6 +171,10 @@ class Gateway:
         if self._flusher is not None:
             self._flusher.cancel()
             await self.keyring.flush()
+        self.close_state()
+
+    def close_state(self) -> None:
+        """Close the state file, if it is open."""
         if "database" in self.__dict__:
             self.database.close()
 

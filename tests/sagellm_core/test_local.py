@@ -99,13 +99,16 @@ async def test_abort_by_id_ends_the_stream_with_cancelled(local):
     assert not await local.abort("x")
 
 
-async def test_a_slow_reader_gets_joined_deltas(local):
+async def test_a_slow_reader_gets_joined_deltas():
     """What waits for a reader is bounded by its tokens, not by steps."""
-    stream = local.stream(request(max_tokens=200, logprobs=0))
+    engine = LocalEngine(mock_engine(latency=Latency(base=0.001)))
+    stream = engine.stream(request(max_tokens=200, logprobs=0))
     first = await anext(stream)
-    while (await local.status()).finished == 0:
-        await local.block_events(0)
+    while (await engine.status()).finished == 0:
+        await engine.block_events(0)
+    await engine.status()  # comes after what the last step said
     rest = [delta async for delta in stream]
+    await engine.close()
     assert len(rest) == 1
     assert len(first.token_ids) + len(rest[0].token_ids) == 200
     assert len(rest[0].logprobs) == len(rest[0].token_ids)

@@ -145,9 +145,14 @@ def _supervise(options: ServeOptions, gateway: GatewayConfig, sock: socket.socke
 
     # An application that serves nobody: it knows the keys, and whether this address may be open.
     house = compose.build_worker([], gateway, None, {})
-    refuse_open_door(house.server_app(contextlib.nullcontext).state.gateway, gateway)
+    nobodys = house.server_app(contextlib.nullcontext).state.gateway
+    try:
+        refuse_open_door(nobodys, gateway)
+        keys = house.key_state()
+    finally:
+        nobodys.close_state()
     with sock:
-        supervisor = Supervisor(options, gateway, sock, url, house.key_state())
+        supervisor = Supervisor(options, gateway, sock, url, keys)
         say("isagellm", f"{__version__}, pid {os.getpid()}")
         asyncio.run(supervisor.run())
     say("stopped", "")
