@@ -19,6 +19,8 @@ __all__ = ["convert", "decode_object"]
 T = TypeVar("T")
 
 _STRING = re.compile(rb'"[^"]*(?:"|\Z)')
+#: Escapes that may hide a colon or U+0000.
+_SPELT = re.compile(rb"\\u00[03]")
 _BRACKETS = bytes.maketrans(b"{}", b"[]")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
@@ -34,8 +36,7 @@ def decode_object(body: bytes, max_depth: int) -> dict[str, Any]:
     """
     if not body:
         raise _bad("the request has no body: send a JSON object")
-    bare = _outside_strings(body)
-    _check_depth(bare, max_depth)
+    _check_depth(body, max_depth)
     try:
         value = _decode(body)
     except UnicodeDecodeError:
@@ -47,11 +48,13 @@ def decode_object(body: bytes, max_depth: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _bad("the body must be a JSON object, it is of another type")
     again = _encode(value)
-    # An object that lost a member on the way had a key twice; every member has exactly one colon outside strings.
-    if bare.count(b":") != _outside_strings(again).count(b":"):
+    if _SPELT.search(body):
+        if b"\\u0000" in again.replace(b"\\\\", b""):
+            raise _bad("the body holds U+0000 in a string: remove it")
+        body, again = _outside_strings(body), _outside_strings(again)
+    # Every member has one colon outside strings, and strings keep theirs: what is written again with fewer has lost a member.
+    if body.count(b":") != again.count(b":"):
         raise _bad("the body has an object with the same key twice")
-    if b"\\u0000" in again and b"\\u0000" in again.replace(b"\\\\", b""):
-        raise _bad("the body holds U+0000 in a string: remove it")
     return value
 
 
@@ -80,7 +83,10 @@ def _outside_strings(text: bytes) -> bytes:
     return _STRING.sub(b"", text)
 
 
-def _check_depth(bare: bytes, max_depth: int) -> None:
+def _check_depth(body: bytes, max_depth: int) -> None:
+    if body.count(b"[") + body.count(b"{") <= max_depth:
+        return
+    bare = _outside_strings(body)
     if bare.count(b"[") + bare.count(b"{") <= max_depth:
         return
     brackets = bare.translate(_BRACKETS, _NOT_BRACKETS)
