@@ -43,6 +43,9 @@ def free_port() -> int:
 class Connection:
     """A keep-alive HTTP/1.1 connection that only knows how to wait for the first content and the end of a stream."""
 
+    #: Text behind each prompt.
+    padding = ""
+
     def __init__(self, port: int) -> None:
         self.port = port
         self.reader: asyncio.StreamReader | None = None
@@ -53,7 +56,7 @@ class Connection:
             self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
             sock = self.writer.get_extra_info("socket")
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        message = {"role": "user", "content": f"Request number {serial} of the benchmark, please answer."}
+        message = {"role": "user", "content": f"Request number {serial} of the benchmark, please answer.{self.padding}"}
         body = json.dumps({"model": "mock", "messages": [message], "max_tokens": tokens, "stream": stream}).encode()
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{self.port}\r\ncontent-type: application/json\r\n"
@@ -350,6 +353,7 @@ async def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=0, metavar="BYTES", help="of text that follows each prompt")
     parser.add_argument("--lost", action=argparse.BooleanOptionalAction, default=True, help="count lost streams too")
     parser.add_argument("--awake", action="store_true", help="keep the CPUs from halting, by idle-priority processes")
     parser.add_argument("--json", type=Path)
@@ -357,6 +361,9 @@ async def main() -> None:
     if options.install:
         install(options.peers)
         return
+    Connection.padding = (" the quick brown fox jumps over the lazy dog." * (options.prompt // 45 + 1))[
+        : options.prompt
+    ]
     templates = {"floor": FLOOR, **OURS}
     if options.peers is not None:
         templates |= {

@@ -14,9 +14,11 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["BlockEvent", "BlockSnapshot", "block_hash", "block_hashes", "root_hash"]
+__all__ = ["BYTES_PER_TOKEN", "BlockEvent", "BlockSnapshot", "block_hash", "block_hashes", "root_hash", "text_hashes"]
 
 HASH_BYTES = 16
+BYTES_PER_TOKEN = 4
+"""Of text, where only an estimate of its tokens can be had."""
 
 
 class BlockEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -60,11 +62,19 @@ def block_hashes(
     token_ids: Sequence[int], *, block_size: int = 16, adapter: str | None = None, salt: str = ""
 ) -> list[bytes]:
     """Return the names of all full blocks of `token_ids`, first to last."""
-    out: list[bytes] = []
     count = len(token_ids) // block_size * block_size
-    packed = struct.pack(f"<{count}i", *token_ids[:count])
+    return _chain(struct.pack(f"<{count}i", *token_ids[:count]), 4 * block_size, adapter, salt)
+
+
+def text_hashes(text: bytes, *, block_bytes: int, adapter: str | None = None, salt: str = "") -> list[bytes]:
+    """Return names in the same manner for a prompt whose token ids are not known: of its text, in pieces of `block_bytes`."""
+    return _chain(text[: len(text) // block_bytes * block_bytes], block_bytes, adapter, salt)
+
+
+def _chain(data: bytes, step: int, adapter: str | None, salt: str) -> list[bytes]:
+    out: list[bytes] = []
     parent = root_hash(adapter, salt)
-    for start in range(0, len(packed), 4 * block_size):
-        parent = blake2b(parent + packed[start : start + 4 * block_size], digest_size=HASH_BYTES).digest()
+    for start in range(0, len(data), step):
+        parent = blake2b(parent + data[start : start + step], digest_size=HASH_BYTES).digest()
         out.append(parent)
     return out

@@ -37,7 +37,7 @@ from sagellm_protocol.embedding import EmbedRequest
 from sagellm_protocol.engine import EngineRequest
 from sagellm_protocol.errors import EngineDiedError, Error, UnavailableError
 from sagellm_protocol.ports import EngineClient
-from sagellm_protocol.prefix import block_hashes
+from sagellm_protocol.prefix import BYTES_PER_TOKEN, block_hashes, text_hashes
 
 __all__ = ["Dispatcher"]
 
@@ -184,17 +184,22 @@ class Dispatcher:
         """Whether a sequence of that id is open."""
         return request_id in self._sequences
 
-    def blocks_of(self, request: EngineRequest, model: str) -> tuple[tuple[bytes, ...], int]:
-        """Return the names of the prompt's blocks and their size; nothing where there is nothing to choose."""
+    def blocks_of(self, request: EngineRequest, model: str, text: bytes | None = None) -> tuple[tuple[bytes, ...], int]:
+        """Return the names of the prompt's blocks and their size in tokens; nothing where there is nothing to choose.
+
+        `text` is the prompt where its token ids are not known.
+        """
         ready = self.state.view.ready.get(model, ())
         if len(ready) < 2:
             return (), 0
         size = ready[0].profile.block_size
         if len(request.prompt_token_ids) < size:
             return (), size
-        names = block_hashes(
-            request.prompt_token_ids, block_size=size, adapter=request.adapter, salt=request.cache_salt
-        )
+        adapter, salt = request.adapter, request.cache_salt
+        if text is not None:
+            names = text_hashes(text, block_bytes=size * BYTES_PER_TOKEN, adapter=adapter, salt=salt)
+        else:
+            names = block_hashes(request.prompt_token_ids, block_size=size, adapter=adapter, salt=salt)
         return tuple(names), size
 
     # -- engines ---------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from sagellm_protocol.ports import ChatModel, EngineClient
 __all__ = ["ForeignEngineClient", "foreign_engine"]
 
 _REFUSAL_BYTES = 65536
+#: What a prefix is counted in. We do not see such an engine's own blocks, and finer ones would cost more than they tell.
+_BLOCK_TOKENS = 128
 _encode = msgspec.json.Encoder().encode
 
 _KNOWN_METADATA = {
@@ -110,7 +112,7 @@ class ForeignEngineClient:
             device="remote",
             vocab_size=0,
             context_length=int(context),
-            block_size=16,
+            block_size=_BLOCK_TOKENS,
             n_blocks=0,
             max_batch_tokens=0,
             max_sequences=self._slots,

@@ -12,16 +12,17 @@ from sagellm_protocol.engine import EngineRequest, TokenDelta
 from sagellm_protocol.errors import InvalidArgumentError, UnsupportedError
 from sagellm_protocol.generation import ChoiceDelta, GenerationRequest
 from sagellm_protocol.ports import PreparedRequest
+from sagellm_protocol.prefix import BYTES_PER_TOKEN
 
 __all__ = ["ForeignChatModel"]
-
-_CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
 class _Prepared:
     source: GenerationRequest
     engine_requests: Sequence[EngineRequest]
+    text: bytes | None
+    """The prompt, by which its prefixes are known; None if it came as token ids."""
 
 
 class _PassThrough:
@@ -45,6 +46,8 @@ class _PassThrough:
 class ForeignChatModel:
     """A `ChatModel` without a tokenizer; also prepares embeddings."""
 
+    tokenizes = False
+
     def __init__(self, model_id: str, context_length: int = 0) -> None:
         self.model_id = model_id
         self.context_length = context_length
@@ -62,8 +65,13 @@ class ForeignChatModel:
         """
         if not (request.messages or request.prompt or request.suffix):
             raise InvalidArgumentError("messages is empty: give at least one message", param="messages")
-        ids = _stand_in_ids(request)
-        return _Prepared(request, tuple([self._choice(request, ids, k) for k in range(request.n)]))
+        text: bytes | None = None
+        if request.messages is None and isinstance(request.prompt, tuple):
+            ids = request.prompt
+        else:
+            text = _text(request)
+            ids = (0,) * (len(text) // BYTES_PER_TOKEN)  # their count tells the load; they are never sent
+        return _Prepared(request, tuple([self._choice(request, ids or (0,), k) for k in range(request.n)]), text)
 
     def _choice(self, request: GenerationRequest, ids: tuple[int, ...], k: int) -> EngineRequest:
         sampling = request.sampling
@@ -104,7 +112,7 @@ class ForeignChatModel:
         return EmbedRequest(
             request_id=request.request_id,
             trace_id=request.trace_id,
-            inputs=tuple((0,) * max(1, len(text) // _CHARACTERS_PER_TOKEN) for text in texts),
+            inputs=tuple((0,) * max(1, len(text) // BYTES_PER_TOKEN) for text in texts),
             texts=tuple(texts),
             pooling=request.pooling,
             dimensions=request.dimensions,
@@ -129,16 +137,10 @@ class ForeignChatModel:
         raise UnsupportedError(f"model {self.model_id!r} runs on an engine over HTTP: its tokenizer is not here")
 
 
-def _stand_in_ids(request: GenerationRequest) -> tuple[int, ...]:
-    """Return numbers in place of the ids that only the engine knows: one for each four bytes of the prompt.
-
-    They are never sent. Their count tells the load, and equal beginnings have equal numbers, so that the prefix index works.
-    """
+def _text(request: GenerationRequest) -> bytes:
+    """Return the prompt in one piece: equal beginnings of requests are equal beginnings of it."""
     if request.messages is not None:
         text = "\x1e".join([f"{message.role}\x1f{message.content or ''}" for message in request.messages])
-    elif isinstance(request.prompt, str):
-        text = request.prompt
     else:
-        return request.prompt or (0,)
-    data = text.encode("utf-8", "surrogatepass")
-    return tuple(memoryview(data + b"\0" * (-len(data) % 4)).cast("i")) or (0,)
+        text = str(request.prompt or "")
+    return text.encode("utf-8", "surrogatepass")

@@ -154,7 +154,9 @@ class Generation:
 
     def _view(self, request: EngineRequest) -> RequestView:
         source = self.request
-        blocks, block_tokens = self._dispatcher.blocks_of(request, source.model)
+        # A text side without a tokenizer knows prefixes by their text.
+        text = getattr(self._prepared, "text", None)
+        blocks, block_tokens = self._dispatcher.blocks_of(request, source.model, text)
         return RequestView(
             request_id=request.request_id,
             model=source.model,

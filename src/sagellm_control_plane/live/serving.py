@@ -78,7 +78,8 @@ class Serving:
         self._refuse_when_closed()
         request = self._adapters.applied(request)
         model = self._engines.chat_model(request.model)
-        if characters(request) > LONG:
+        # A text side without a tokenizer takes microseconds for any length.
+        if getattr(model, "tokenizes", True) and characters(request) > LONG:
             prepared = await asyncio.to_thread(model.prepare, request)
         else:
             prepared = model.prepare(request)

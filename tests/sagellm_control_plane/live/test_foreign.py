@@ -148,6 +148,21 @@ def test_the_same_under_uvloop():
     uvloop.run(main())
 
 
+async def test_a_long_beginning_is_known_by_its_text():
+    """The next turn of a conversation goes to the engine that had the turns before, by the text of the prompt: 128 estimated tokens a block."""
+    first, second = Server(["a"]), Server(["b"])
+    turns = tuple(ChatMessage(role=role, content=role * 400) for role in ("user", "assistant"))
+    async with serving(first, second) as manager:
+        for k in range(1, 5):
+            request = GenerationRequest(request_id=f"r{k}", model="model", messages=turns * k)
+            await text_of(manager, request)
+        assert sorted((len(first.bodies), len(second.bodies))) == [0, 4]
+        stats = manager._state.stats
+        # Each turn but the first finds all full blocks of the one before it.
+        sizes = [len("\x1e".join(f"{m.role}\x1f{m.content}" for m in turns * k).encode()) for k in range(1, 4)]
+        assert stats.hit_tokens == sum(size // 512 * 128 for size in sizes)
+
+
 async def test_prompts_v01_requests_and_embeddings_pass_through():
     """Completions, protocol v0.1 and embeddings reach a foreign engine."""
     server = Server(["one ", "two"])
