@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from sagellm_backend.conformance_specs import random_weights
-from sagellm_backend.encoder import EncodeBatch, EncoderBackend, EncoderSpec
+from sagellm_backend.encoder import EncodeBatch, EncodeOutput, EncoderBackend, EncoderSpec
 from sagellm_backend.reference import ReferenceBackend
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _ROBERTA = EncoderSpec(
     architecture="roberta", n_layers=2, d_model=96, n_heads=3, d_ff=128, vocab_size=96, context_length=60, n_positions=64,
     norm_eps=1e-5, position_offset=2, token_types=0, activation="gelu_tanh", n_labels=3,
 )  # fmt: skip
-_OUTPUTS = ("mean", "cls", "last", "labels")
+_OUTPUTS: tuple[EncodeOutput, ...] = get_args(EncodeOutput)
 
 
 def encoders_match_reference(kit: Kit) -> None:
@@ -56,13 +56,13 @@ def encoders_match_reference(kit: Kit) -> None:
         runner.close()
 
 
-def _batch(spec: EncoderSpec, lengths: tuple[int, ...], output: str) -> EncodeBatch:
+def _batch(spec: EncoderSpec, lengths: tuple[int, ...], output: EncodeOutput) -> EncodeBatch:
     rng = np.random.default_rng(sum(lengths))
     return EncodeBatch(
         token_ids=rng.integers(0, spec.vocab_size, sum(lengths)).astype(np.int32),
         token_types=rng.integers(0, max(1, spec.token_types), sum(lengths)).astype(np.int32),
         lengths=np.array(lengths, np.int32),
-        output=output,  # type: ignore[arg-type]
+        output=output,
     )
 
 

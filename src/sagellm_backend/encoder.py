@@ -29,7 +29,10 @@ import numpy.typing as npt
 from sagellm_backend.base import LoadOptions
 from sagellm_backend.tensors import Weights
 
-__all__ = ["EncodeBatch", "EncoderBackend", "EncoderRunner", "EncoderSpec"]
+__all__ = ["EncodeBatch", "EncodeOutput", "EncoderBackend", "EncoderRunner", "EncoderSpec"]
+
+EncodeOutput = Literal["mean", "cls", "last", "labels"]
+"""What an encoder gives for each input; see `EncodeBatch`."""
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -110,7 +113,7 @@ class EncodeBatch:
 
     token_ids: Int32
     lengths: Int32
-    output: Literal["mean", "cls", "last", "labels"]
+    output: EncodeOutput
     token_types: Int32 | None = None
 
 

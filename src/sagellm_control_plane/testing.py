@@ -146,6 +146,7 @@ class ScriptedEngine:
 class _Prepared:
     source: GenerationRequest
     engine_requests: Sequence[EngineRequest]
+    text: bytes | None = None
 
 
 class _LetterDecoder:

@@ -80,6 +80,11 @@ class PreparedRequest(Protocol):
         """One for each choice, ids ``<id>`` (n = 1) or ``<id>/k``; seeds and max_tokens resolved."""
         ...
 
+    @property
+    def text(self) -> bytes | None:
+        """The prompt as text, by which its prefixes are known where its token ids are not; None where they are."""
+        ...
+
 
 class TextDecoder(Protocol):
     """Token ids of one choice -> text, reasoning and tool calls. Incremental; linear time."""

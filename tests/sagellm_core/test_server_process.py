@@ -6,7 +6,6 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import msgspec
@@ -149,12 +148,13 @@ def test_watchdog_leaves_work_alone(tmp_path):
         client.connect(str(tmp_path / "p.sock"))
         submit = wire.Submit(stream=1, request=request(max_tokens=8))
         client.sendall(wire.encode_frame(wire.Hello()) + wire.encode_frame(submit))
-        decoder, reason = wire.FrameDecoder(), None
-        while reason is None:
+        decoder, reason, idle_beats = wire.FrameDecoder(), None, 0
+        while idle_beats < 8:  # 0.8 s of idleness
             for message in map(wire.decode_from_engine, decoder.feed(client.recv(65536))):
                 if isinstance(message, wire.Deltas):
                     reason = message.deltas[-1][1].finish_reason
-        time.sleep(0.8)
+                elif isinstance(message, wire.Heartbeat) and reason is not None:
+                    idle_beats += 1
         assert process.poll() is None
     process.terminate()
     process.communicate(timeout=20)

@@ -80,14 +80,11 @@ class Dispatcher:
         A client that waits for a token gets it before the books are kept.
         """
         self._pending.extend(events)
-        if self._feeding:
-            act()
-            return
-        self._feeding = True
+        feeding, self._feeding = self._feeding, True
         try:
             act()
         finally:
-            self._feeding = False
+            self._feeding = feeding
             self._settle()
 
     def _settle(self) -> None:
@@ -132,7 +129,9 @@ class Dispatcher:
                 self.on_snapshot_wanted(engine_id)
 
     def _start(self, command: Dispatch) -> None:
-        sequence = self._sequences[command.request_id]
+        sequence = self._sequences.get(command.request_id)
+        if sequence is None:  # closed again before its arrival was taken in: the next event takes the attempt back
+            return
         engine = self.registry.get(command.engine_id)
         engine.info.total_requests += 1
         assert engine.client is not None, "the core dispatches to ready engines only, and those have a client"
@@ -184,7 +183,7 @@ class Dispatcher:
         """Whether a sequence of that id is open."""
         return request_id in self._sequences
 
-    def blocks_of(self, request: EngineRequest, model: str, text: bytes | None = None) -> tuple[tuple[bytes, ...], int]:
+    def blocks_of(self, request: EngineRequest, model: str, text: bytes | None) -> tuple[tuple[bytes, ...], int]:
         """Return the names of the prompt's blocks and their size in tokens; nothing where there is nothing to choose.
 
         `text` is the prompt where its token ids are not known.

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -84,7 +84,7 @@ class Engines:
         model = self.text_side(model_id)
         if not hasattr(model, "prepare"):
             raise UnsupportedError(f"model {model_id!r} gives vectors, not text", param="model")
-        return model  # type: ignore[return-value]  # it has `prepare`
+        return cast("ChatModel", model)
 
     def embedding_model(self, model_id: str) -> EmbeddingModel:
         """Return the text side of a model that gives vectors.

@@ -22,7 +22,6 @@ class _Prepared:
     source: GenerationRequest
     engine_requests: Sequence[EngineRequest]
     text: bytes | None
-    """The prompt, by which its prefixes are known; None if it came as token ids."""
 
 
 class _PassThrough:

@@ -154,9 +154,7 @@ class Generation:
 
     def _view(self, request: EngineRequest) -> RequestView:
         source = self.request
-        # A text side without a tokenizer knows prefixes by their text.
-        text = getattr(self._prepared, "text", None)
-        blocks, block_tokens = self._dispatcher.blocks_of(request, source.model, text)
+        blocks, block_tokens = self._dispatcher.blocks_of(request, source.model, self._prepared.text)
         return RequestView(
             request_id=request.request_id,
             model=source.model,

@@ -38,6 +38,7 @@ class Prepared:
     source: GenerationRequest
     engine_requests: tuple[EngineRequest, ...]
     plan: ParserPlan = field(default_factory=ParserPlan)
+    text: bytes | None = None
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from tiny_models import write_model
 from sagellm_backend.base import LoadOptions
 from sagellm_backend.cuda import CudaBackend
 from sagellm_backend.cuda.settings import CudaSettings
-from sagellm_backend.encoder import EncodeBatch, EncoderBackend, EncoderRunner
+from sagellm_backend.encoder import EncodeBatch, EncodeOutput, EncoderBackend, EncoderRunner
 from sagellm_core.loader.encoder import open_encoder
 from sagellm_protocol.errors import UnsupportedError
 
@@ -27,12 +27,12 @@ OPTIONS = LoadOptions(n_blocks=0)
 EXACT = CudaBackend(CudaSettings(device="cpu", dtype="f32"))
 
 
-def batch(cases: list[dict[str, Any]], output: str) -> EncodeBatch:
+def batch(cases: list[dict[str, Any]], output: EncodeOutput) -> EncodeBatch:
     return EncodeBatch(
         token_ids=np.concatenate([np.array(c["ids"], np.int32) for c in cases]),
         token_types=np.concatenate([np.array(c.get("types", [0] * len(c["ids"])), np.int32) for c in cases]),
         lengths=np.array([len(c["ids"]) for c in cases], np.int32),
-        output=output,  # type: ignore[arg-type]
+        output=output,
     )
 
 

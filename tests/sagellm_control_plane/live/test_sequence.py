@@ -7,9 +7,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from sagellm_control_plane.live.sequence import Mailbox
 from sagellm_control_plane.manager import ControlPlaneManager
 from sagellm_control_plane.testing import LetterChatModel, ScriptedEngine
-from sagellm_protocol.engine import TokenDelta
+from sagellm_control_plane.view import RequestView
+from sagellm_protocol.engine import EngineRequest, TokenDelta
 from sagellm_protocol.generation import ChoiceDelta, GenerationRequest
 from sagellm_protocol.sampling import SamplingParams
 
@@ -116,3 +118,20 @@ async def test_a_stop_string_aborts_the_run_that_brought_it(first):
             return "".join(read), engine.cancelled, manager._state.ledger.open
 
         assert await from_the_loop(arrive) == (first, True, 0)
+
+
+async def test_what_is_opened_and_closed_within_a_readers_turn_leaves_nothing():
+    """A reader may begin and give up another sequence while the core has not yet been told of its own: nothing fails, no lease stays."""
+
+    def begin_and_give_up(manager):
+        request = EngineRequest(request_id="other", prompt_token_ids=(1,), sampling=SamplingParams())
+        view = RequestView(request_id="other", model="letters", prompt_tokens=1)
+        manager._dispatcher.close(manager._dispatcher.open(0, request, view, Mailbox()))
+
+    async with reading(heard=begin_and_give_up) as (manager, engine, read):
+
+        def arrive():
+            engine.token("a", finish="stop")
+            return list(read), manager._state.ledger.open, manager._state.active
+
+        assert await from_the_loop(arrive) == (["a"], 0, 0)
